@@ -1,0 +1,1 @@
+"""QUERY → CANDIDATES: the query tower of the served version, in front of Qdrant."""
