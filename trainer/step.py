@@ -1,0 +1,339 @@
+"""CORE: learning — clicks in, one optimizer step or several, all or nothing each.
+
+Station: the loop gives it the rows of a micro-batch that were not learnt yet; its towers' embeddings go into the index.
+The loop calls `Learner.learn`, which cuts a micro-batch into steps; `Learner.step` is one of them. It reads no stream,
+holds no catalogue (it asks `item_inputs` for the inputs of an item) and sets no thread count: the process does, once,
+at its start, with `torch.set_num_threads` (1 is the fastest for steps of this size).
+
+Why the default loss has no logQ correction. Negatives come from clicks, so in the optimum the uncorrected logit is
+s(u, i) = log p(i | u) − log q(i) + c(u): the affinity without the popularity. The corrected logit s − log q is fitted
+to log p(i | u), so its s already holds the popularity, as slow as the towers are. The served score adds the *live*
+log q with weight 1 to the plain logit: ⟨f, g⟩ / τ + log q = log p(i | u) + c(u). Subtracting log q in training and
+adding it at serving would cancel; so `correction="none"` with popularity weight 1 *is* the corrected estimate, and its
+log q can be fast while the towers are slow. `correction="logq"` with weight 0 is the paper's recipe.
+
+Where it departs from the paper: see there; besides, negatives from recent clicks join those of the batch (cross-batch
+negative sampling), items of the row's history are no negatives, and rows and dense layers have learning rates of their
+own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.features import Bags, Float32Array, Int64Array, ItemInputs, QueryInputs, TowerConfig, UInt64Array, ranges
+from trainer.loss import candidate_mask, in_batch_softmax_loss
+from trainer.towers import Tables, build_towers
+
+_EPSILON = 1e-10
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or its gradient is not finite, or the gradient's square overflows; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the towers learn.
+
+    Raises:
+        ValueError: on construction; the message lists every problem, one a line.
+    """
+
+    correction: Literal["none", "logq"] = "none"
+    """Whether log q is subtracted from the logits in training; the module's docstring says when."""
+    rows_per_step: int = 64
+    """Most clicks of one optimizer step, at least 1; a micro-batch is shuffled and cut into steps of equal size."""
+    recent_negatives: int = 192
+    """Further negatives of a step, drawn from the recent clicks; 0 = those of the step alone."""
+    recent_window: int = 10_000
+    """How many of the newest clicks count as recent, at least 1."""
+    mask_history: bool = True
+    """Whether items of a row's history are no negatives of it: right where they are not served to it again."""
+    row_learning_rate: float = 0.1
+    """Adagrad's, for the tables; > 0."""
+    dense_learning_rate: float = 0.02
+    """Adagrad's, for the layers; > 0."""
+    seed: int = 0
+    """First weights, the order within micro-batches and the drawn negatives follow from it, ≥ 0."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be an integer of at least {least}, not {getattr(self, name)!r}"
+            for name, least in (("rows_per_step", 1), ("recent_negatives", 0), ("recent_window", 1), ("seed", 0))
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least
+        ]
+        problems += [
+            f"{name} must be a finite number above 0, not {getattr(self, name)!r}"
+            for name in ("row_learning_rate", "dense_learning_rate")
+            if not (isinstance(getattr(self, name), (int, float)) and 0 < getattr(self, name) < math.inf)
+        ]
+        if self.correction not in ("none", "logq"):
+            problems.append(f"correction must be 'none' or 'logq', not {self.correction!r}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """B clicks to learn from: the rows of a micro-batch."""
+
+    query: QueryInputs
+    """[B] what was known before each click."""
+    item_hash: UInt64Array
+    """[B] the clicked items."""
+    reward: Float32Array
+    """[B] ≥ 0."""
+    log_q: Float32Array
+    """[B] log of the items' sampling probabilities, up to a constant."""
+    history_values: UInt64Array
+    """[h] item hashes of all histories, one after the other."""
+    history_offsets: Int64Array
+    """[B + 1] click i's history is history_values[history_offsets[i]:history_offsets[i + 1]]."""
+
+    def __len__(self) -> int:
+        return len(self.item_hash)
+
+    def take(self, indices: Int64Array) -> Clicks:
+        """These clicks, in this order."""
+        lengths = np.diff(self.history_offsets)[indices]
+        return Clicks(
+            query=self.query.take(indices),
+            item_hash=self.item_hash[indices],
+            reward=self.reward[indices],
+            log_q=self.log_q[indices],
+            history_values=self.history_values[ranges(self.history_offsets[:-1][indices], lengths)],
+            history_offsets=np.concatenate(([0], np.cumsum(lengths))),
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What was learnt: of one step, or of all steps of a micro-batch."""
+
+    loss: float
+    """Mean over the rows, from before each step's update."""
+    num_rows: int
+    num_steps: int = 1
+
+
+class Learner:
+    """Towers with their optimizer and the recent clicks; the same clicks after the same seed give the same bits."""
+
+    def __init__(
+        self,
+        config: TowerConfig,
+        training: TrainingConfig,
+        item_inputs: Callable[[UInt64Array], ItemInputs],
+    ) -> None:
+        """New towers.
+
+        Args:
+            config: shape of the towers.
+            training: how they learn.
+            item_inputs: the catalogue's answer for item hashes uint64 [n]: the inputs of n items, in this order. It
+                must answer for any hash: an item that it does not know (any more) has its id alone, which is what
+                `ItemFeatures.gather` gives for index −1.
+        """
+        self.config = config
+        self.training = training
+        self.item_inputs = item_inputs
+        self.query_tower, self.item_tower = build_towers(config, training.seed)
+        self.num_steps = 0
+        self._tables: Tables = self.query_tower.tables
+        self._parameters: dict[str, Tensor] = {
+            f"{name}.{key}": parameter
+            for name, tower in (("query", self.query_tower), ("item", self.item_tower))
+            for key, parameter in tower.named_parameters()
+        }
+        self._weights = {f"tables.{key}": table for key, table in vars(self._tables).items()} | self._parameters
+        self._squares = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in self._weights.items()}
+        self._recent_hash = np.zeros(training.recent_window, dtype=np.uint64)
+        self._recent_log_q = np.zeros(training.recent_window, dtype=np.float32)
+        self._num_recent = 0
+
+    def learn(self, clicks: Clicks) -> StepResult:
+        """Shuffles the clicks of a micro-batch, cuts them into steps of equal size and takes the steps.
+
+        Raises:
+            NonFiniteError: by a step; the steps before it have been taken.
+            ValueError: there are no clicks.
+        """
+        order = np.random.default_rng([self.training.seed, self.num_steps, 1]).permutation(len(clicks))
+        num_steps = -(-len(clicks) // self.training.rows_per_step)
+        if num_steps == 0:
+            raise ValueError("there are no clicks to learn from")
+        results = [self.step(clicks.take(rows)) for rows in np.array_split(order, num_steps)]
+        loss = sum(result.loss * result.num_rows for result in results) / len(clicks)
+        return StepResult(loss, len(clicks), num_steps)
+
+    def step(self, clicks: Clicks) -> StepResult:
+        """One optimizer step on all of these clicks.
+
+        Raises:
+            NonFiniteError: before any change.
+        """
+        random = np.random.default_rng([self.training.seed, self.num_steps])
+        size = min(self._num_recent, self.training.recent_window)
+        drawn = random.integers(size, size=self.training.recent_negatives) if size else np.zeros(0, dtype=np.int64)
+        candidates = np.concatenate([clicks.item_hash, self._recent_hash[drawn]])
+        log_q = None
+        if self.training.correction == "logq":
+            log_q = torch.from_numpy(np.concatenate([clicks.log_q, self._recent_log_q[drawn]]))
+        histories = (clicks.history_values, clicks.history_offsets) if self.training.mask_history else ()
+        item = self.item_inputs(candidates)
+
+        # Autograd sees only the rows that the step looks up, each once: their gradients are dense and small.
+        gathered = _gather(self._tables, clicks.query, item)
+        query_embedding = self.query_tower(gathered.query, gathered.tables)
+        item_embedding = self.item_tower(gathered.item, gathered.tables)
+        loss = in_batch_softmax_loss(
+            query_embedding @ item_embedding.T / self.config.temperature,
+            torch.from_numpy(clicks.reward),
+            log_q,
+            candidate_mask(candidates, len(clicks), *histories),
+        )
+        learnt = {f"tables.{key}": getattr(gathered.tables, key) for key in gathered.rows} | self._parameters
+        gradients = dict(zip(learnt, torch.autograd.grad(loss, list(learnt.values())), strict=True))
+        squares = {name: gradient.square() for name, gradient in gradients.items()}
+        finite = math.isfinite(loss.item()) and all(math.isfinite(square.sum().item()) for square in squares.values())
+        if not finite:
+            raise NonFiniteError(
+                f"step {self.num_steps}: the loss is {loss.item()} and its gradient is or becomes non-finite; "
+                f"rewards are within {clicks.reward.min()} … {clicks.reward.max()}"
+            )
+
+        for name, gradient in gradients.items():
+            rows = gathered.rows.get(name.removeprefix("tables."))
+            _adagrad(self._weights[name], self._squares[name], gradient, squares[name], self._rate(name), rows)
+        self.query_tower.scale.observe(clicks.query.numbers)
+        self.item_tower.scale.observe(item.numbers[: len(clicks)])
+        self._remember(clicks)
+        self.num_steps += 1
+        return StepResult(loss.item(), len(clicks))
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def embed_queries(self, query: QueryInputs) -> Float32Array:
+        """Query embeddings of length 1: float32 [B, D]."""
+        return self.query_tower(query).numpy()  # type: ignore[no-any-return]
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def embed_items(self, item: ItemInputs) -> Float32Array:
+        """Item embeddings of length 1: float32 [N, D]."""
+        return self.item_tower(item).numpy()  # type: ignore[no-any-return]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a step depends on, flat: the learner's own tensors, to be written or copied before the next step."""
+        recent = min(self._num_recent, self.training.recent_window)
+        return {
+            **{name: weight.detach() for name, weight in self._weights.items()},
+            **{f"squares.{name}": square for name, square in self._squares.items()},
+            **self._scales(),
+            "recent.item_hash": torch.from_numpy(self._recent_hash.view(np.int64))[:recent],
+            "recent.log_q": torch.from_numpy(self._recent_log_q)[:recent],
+            "num_recent": torch.tensor(self._num_recent),
+            "num_steps": torch.tensor(self.num_steps),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state_dict` gave; learning goes on as if never interrupted.
+
+        Raises:
+            ValueError: the state is of another configuration; nothing was changed.
+        """
+        own = self.state_dict()
+        problems = [f"{name} is missing" for name in own.keys() - state.keys()]
+        problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
+        problems += [
+            f"{name} is {tuple(state[name].shape)} and should be {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in state and not name.startswith("recent.") and state[name].shape != tensor.shape
+        ]
+        if not problems:
+            num_recent = int(state["num_recent"])
+            recent = min(num_recent, self.training.recent_window)
+            if len(state["recent.item_hash"]) != recent:
+                problems.append("recent_window is another one")
+        if problems:
+            raise ValueError("this learner's state is of another configuration: " + "; ".join(sorted(problems)))
+        for name, tensor in own.items():
+            if not name.startswith(("recent.", "num_")):
+                tensor.copy_(state[name])
+        self._recent_hash[:recent] = state["recent.item_hash"].numpy().view(np.uint64)
+        self._recent_log_q[:recent] = state["recent.log_q"].numpy()
+        self._num_recent, self.num_steps = num_recent, int(state["num_steps"])
+
+    def _scales(self) -> dict[str, Tensor]:
+        towers = (("query", self.query_tower), ("item", self.item_tower))
+        return {f"{name}.{key}": buffer for name, tower in towers for key, buffer in tower.named_buffers()}
+
+    def _rate(self, name: str) -> float:
+        return self.training.row_learning_rate if name.startswith("tables.") else self.training.dense_learning_rate
+
+    def _remember(self, clicks: Clicks) -> None:
+        newest = np.arange(len(clicks))[-self.training.recent_window :]
+        places = (self._num_recent + newest) % self.training.recent_window
+        self._recent_hash[places] = clicks.item_hash[newest]
+        self._recent_log_q[places] = clicks.log_q[newest]
+        self._num_recent += len(clicks)
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Inputs whose row numbers point into small tables of the rows that occur, each once."""
+
+    query: QueryInputs
+    item: ItemInputs
+    tables: Tables
+    rows: dict[str, Tensor]
+    """Table name → int64 [u] the rows that the small table holds; tables of which no row occurs are left out."""
+
+
+def _gather(tables: Tables, query: QueryInputs, item: ItemInputs) -> _Gathered:
+    distinct: dict[str, Tensor] = {}
+    small: dict[str, Tensor] = {}
+    places: dict[str, list[Bags]] = {}
+    uses = {"items": [query.items, item.items], "features": [query.features, item.features], "users": [query.users]}
+    for name, bags in uses.items():
+        table = getattr(tables, name)
+        rows, inverse = torch.unique(torch.cat([bag.rows for bag in bags]), return_inverse=True)
+        small[name] = table.index_select(0, rows)
+        if len(rows):
+            small[name].requires_grad_()
+            distinct[name] = rows
+        parts = inverse.split([len(bag.rows) for bag in bags])
+        places[name] = [dataclasses.replace(bag, rows=part) for bag, part in zip(bags, parts, strict=True)]
+    query_items, item_items = places["items"]
+    query_features, item_features = places["features"]
+    return _Gathered(
+        query=QueryInputs(query_items, query_features, query.numbers, places["users"][0]),
+        item=ItemInputs(item_items, item_features, item.numbers),
+        tables=Tables(**small),
+        rows=distinct,
+    )
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _adagrad(
+    weight: Tensor, squares: Tensor, gradient: Tensor, square: Tensor, rate: float, rows: Tensor | None
+) -> None:
+    """Adagrad (Duchi et al. 2011) in place: of all of `weight`, or of its `rows`, each of which is given once.
+
+    squares ← squares + gradient²; weight ← weight − rate · gradient / (√squares + 1e-10).
+    """
+    if rows is None:
+        squares += square
+        weight.addcdiv_(gradient, squares.sqrt().add_(_EPSILON), value=-rate)
+    else:
+        squares_of_rows = squares.index_select(0, rows) + square
+        squares.index_copy_(0, rows, squares_of_rows)
+        step = gradient / squares_of_rows.sqrt_().add_(_EPSILON)
+        weight.index_add_(0, rows, step, alpha=-rate)
