@@ -1,10 +1,10 @@
 """CORE: prequential evaluation — how well each click was foreseen by the state from before it was learnt.
 
 Station: in the loop, before `step`. It ranks the clicked item among all known items by the served score, and by the
-live popularity alone, which is the baseline to beat. It embeds nothing and keeps no items: the caller gives the same
-vectors that the index serves, so what is measured is what is served.
+live popularity alone, which is the baseline to beat. It embeds nothing and keeps no items: the caller gives the
+embeddings that the index serves, so what is measured is what is served.
 
-Shapes: B clicks, N known items, V dimensions of the served vectors.
+Shapes: B clicks, N known items, D embedding size.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class Prequential:
 
     def __init__(
         self,
+        temperature: float,
+        popularity_weight: float = 1.0,
         ks: tuple[int, ...] = (10, 100),
         window: int = 10_000,
         exclude_history: bool = True,
@@ -62,6 +64,8 @@ class Prequential:
         """An evaluation that has seen nothing.
 
         Args:
+            temperature: of the towers, > 0.
+            popularity_weight: served score = cosine / temperature + popularity_weight · log q.
             ks: the K of recall@K, each at least 1.
             window: newest evaluated clicks that `window` covers, at least 1.
             exclude_history: whether items of the history that is known at the click are no candidates. A click on one
@@ -72,6 +76,8 @@ class Prequential:
         """
         if not ks or min(ks) < 1 or window < 1 or (rows_per_batch is not None and rows_per_batch < 1):
             raise ValueError(f"ks {ks}, window {window} and rows_per_batch {rows_per_batch} must be at least 1")
+        self.temperature = temperature
+        self.popularity_weight = popularity_weight
         self.exclude_history = exclude_history
         self.rows_per_batch = rows_per_batch
         self.num_evaluated = 0
@@ -83,8 +89,8 @@ class Prequential:
 
     def observe(
         self,
-        query_vectors: Float32Array,
-        item_vectors: Float32Array,
+        query_embedding: Float32Array,
+        item_embedding: Float32Array,
         popularity: Float32Array,
         target: Int64Array,
         history_values: Int64Array,
@@ -93,9 +99,9 @@ class Prequential:
         """Ranks the clicks of one batch, all with the state from before it.
 
         Args:
-            query_vectors: float32 [B, V] as the index is asked: [embedding / temperature ‖ popularity weights].
-            item_vectors: float32 [N, V] as the index holds them. Scores are inner products, finite.
-            popularity: float32 [N] anything that rises with the live popularity.
+            query_embedding: float32 [B, D].
+            item_embedding: float32 [N, D] as the index serves them, or would.
+            popularity: float32 [N] live log q; −inf for an item that is no candidate (it is gone).
             target: int64 [B] numbers of the clicked items, −1 for an item that is not known.
             history_values: int64 [h] numbers of the items of all histories, −1 for one that is not known.
             history_offsets: int64 [B + 1] click i's are history_values[history_offsets[i]:history_offsets[i + 1]].
@@ -109,12 +115,14 @@ class Prequential:
             lengths = np.diff(history_offsets)[rows]
             history_values = history_values[ranges(history_offsets[:-1][rows], lengths)]
             history_offsets = np.concatenate(([0], np.cumsum(lengths)))
-            query_vectors, target = query_vectors[rows], target[rows]
+            query_embedding, target = query_embedding[rows], target[rows]
         excluded = (
             _excluded(history_values, history_offsets) if self.exclude_history else np.zeros((0, 2), dtype=np.int64)
         )
+        bias = np.where(popularity > -np.inf, self.popularity_weight * popularity, popularity).astype(np.float32)
+        queries = (query_embedding / self.temperature).astype(np.float32)
         result = Ranks(
-            rank=expected_ranks(query_vectors, item_vectors, target, excluded),
+            rank=expected_ranks(queries, item_embedding, bias, target, excluded),
             popularity_rank=popularity_ranks(popularity, target, excluded),
         )
         pair = np.stack([result.rank, result.popularity_rank], axis=1)
@@ -145,32 +153,34 @@ class Prequential:
 
 
 def expected_ranks(
-    query_vectors: Float32Array, item_vectors: Float32Array, target: Int64Array, excluded: Int64Array
+    queries: Float32Array, items: Float32Array, bias: Float32Array, target: Int64Array, excluded: Int64Array
 ) -> Float64Array:
-    """Rank of each target among the items by inner product: [B], from 1.
+    """Rank of each target among the items by ⟨query, item⟩ + bias: [B], from 1.
 
     1 + the number of better candidates + half the number of other equal ones: with a strict comparison alone, a model
     that gives every item the same score would look perfect.
 
     Args:
-        query_vectors: float32 [B, V].
-        item_vectors: float32 [N, V].
-        target: int64 [B], −1 for an item that is not among the N. Its rank is inf.
-        excluded: int64 [e, 2] distinct pairs (row, item) that are no candidates. An excluded target has rank inf.
+        queries: float32 [B, D].
+        items: float32 [N, D].
+        bias: float32 [N], −inf for an item that is no candidate.
+        target: int64 [B], −1 for an item that is not among the N.
+        excluded: int64 [e, 2] distinct pairs (row, item) that are no candidates. A target that is none has rank inf.
     """
     ranks = np.full(len(target), np.inf)
-    items = torch.from_numpy(item_vectors)
-    at_once = max(1, _SCORES_AT_ONCE // max(1, len(item_vectors)))
-    for start in range(0, len(target) if len(item_vectors) else 0, at_once):
-        # torch, not numpy: its thread count is the process's own.
-        scores = (torch.from_numpy(query_vectors[start : start + at_once]) @ items.T).numpy()
+    at_once = max(1, _SCORES_AT_ONCE // max(1, len(items)))
+    # torch, not numpy: its thread count is the process's own.
+    items_T, biases = torch.from_numpy(items).T, torch.from_numpy(bias)
+    for start in range(0, len(target) if len(items) else 0, at_once):
+        scores = torch.addmm(biases, torch.from_numpy(queries[start : start + at_once]), items_T).numpy()
+        row = np.arange(len(scores))
         here = excluded[(excluded[:, 0] >= start) & (excluded[:, 0] < start + len(scores))]
-        wanted = target[start : start + len(scores)]
-        score = scores[np.arange(len(scores)), wanted]
         scores[here[:, 0] - start, here[:, 1]] = -np.inf
-        better = np.array([np.count_nonzero(row > mine) for row, mine in zip(scores, score, strict=True)])
-        not_worse = np.array([np.count_nonzero(row >= mine) for row, mine in zip(scores, score, strict=True)])
-        candidate = (wanted >= 0) & (scores[np.arange(len(scores)), wanted] > -np.inf)
+        wanted = target[start : start + len(scores)]
+        score = scores[row, wanted]
+        better = np.array([np.count_nonzero(scores[i] > score[i]) for i in row])
+        not_worse = np.array([np.count_nonzero(scores[i] >= score[i]) for i in row])
+        candidate = (wanted >= 0) & (score > -np.inf)
         ranks[start : start + len(scores)] = np.where(candidate, 0.5 * (better + not_worse + 1), np.inf)
     return ranks
 
@@ -186,7 +196,7 @@ def popularity_ranks(popularity: Float32Array, target: Int64Array, excluded: Int
     row, item = excluded.T
     np.subtract.at(better, row[popularity[item] > score[row]], 1)
     np.subtract.at(not_worse, row[popularity[item] >= score[row]], 1)
-    candidate = target >= 0
+    candidate = (target >= 0) & (score > -np.inf)
     candidate[row[item == target[row]]] = False
     return np.where(candidate, 0.5 * (better + not_worse + 1), np.inf)
 
