@@ -1,0 +1,154 @@
+"""PUBLIC: what the retriever's HTTP interface takes and gives, as models; the OpenAPI document is made from them.
+
+Station: the outer border of the whole chain. It knows neither the towers nor how Qdrant is reached; filters are
+Qdrant's own JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+from qdrant_client import models
+
+from streams.contract import MAX_CONTEXT_FEATURES, MAX_ID_BYTES
+
+MAX_K = 1_000
+"""Most candidates that one request may ask for."""
+PROBLEM_JSON = "application/problem+json"
+"""Media type of every error's body (RFC 9457)."""
+
+
+def _whole_number_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _bounded(value: str) -> str:
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode text") from None
+    if not 1 <= size <= MAX_ID_BYTES:
+        raise ValueError(f"must be of 1 … {MAX_ID_BYTES} bytes in UTF-8, not {size}")
+    return value
+
+
+Id = Annotated[str, AfterValidator(_bounded), BeforeValidator(_whole_number_as_text, json_schema_input_type=str | int)]
+"""The caller's id of a user or item; whole numbers are taken as their text, as in clicks."""
+ContextValue = Annotated[str, Field(max_length=4_096)] | bool | int | FiniteFloat | None
+
+
+class Model(BaseModel):
+    """Unknown fields and values of a wrong type are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class CandidatesRequest(Model):
+    """Whom to find items for, and which. At least one of `user_id` and `history` must be there."""
+
+    user_id: Id | None = None
+    """The user; the history is then what the stream says that they clicked, up to seconds ago."""
+    history: list[Id] | None = None
+    """Item ids, newest last; wins over the history followed for `user_id`. Empty: a user of whom nothing is known."""
+    context: dict[str, ContextValue] = Field({}, max_length=MAX_CONTEXT_FEATURES)
+    """Features of the moment (device, hour, the item being watched …), flat. Those that the model lacks do nothing."""
+    k: int = Field(10, ge=1, le=MAX_K)
+    """How many candidates."""
+    filter: models.Filter | None = None
+    """Qdrant's filter on the items' payload."""
+    exclude_seen: bool = True
+    """Whether the items of the history are left out."""
+    popularity: FiniteFloat = Field(1.0, ge=-1, le=2)
+    """Weight of live popularity: 0 pure affinity (long tail), 1 what is clicked next, more: trending."""
+    with_payload: bool = False
+    """Whether each candidate comes with its payload."""
+
+    @model_validator(mode="after")
+    def _for_somebody(self) -> CandidatesRequest:
+        if self.user_id is None and self.history is None:
+            raise ValueError("give user_id, history or both; an empty history asks for an unknown user")
+        return self
+
+
+class Candidate(Model):
+    """One item, with the score of the version that answered."""
+
+    item_id: str
+    score: float
+    """Logit: cosine / temperature + popularity · log-frequency. Comparable within one answer alone."""
+    payload: dict[str, object] | None = None
+    """What the item's producer stored with it; null unless `with_payload`."""
+
+
+class CandidatesAnswer(Model):
+    """Candidates, best first; fewer than `k` if no more items pass the filter."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    candidates: list[Candidate]
+    model_version: int
+    """The published version whose query tower and items made this answer."""
+    user_known: bool | None
+    """Whether the user's clicks are followed; null without `user_id`."""
+    history_source: Literal["request", "followed", "none"]
+    """Where the history that was used came from."""
+    history_length: int
+    """Items in the history that was used."""
+
+
+class HistoryAnswer(Model):
+    """What the retriever knows of one user."""
+
+    user_id: str
+    known: bool
+    """Whether a click of this user has been followed."""
+    items: list[str | None]
+    """Item ids, newest last; null where the live index does not hold the item (yet, or any more)."""
+
+
+class VersionAnswer(Model):
+    """The version that is served now."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_version: int
+    collection: str
+    """Qdrant collection that is searched."""
+    created_at: float
+    """When the trainer made it, in seconds since the epoch."""
+    step: int
+    """Optimizer steps behind it."""
+    num_items: int
+    """Items in it when it was published."""
+    embedding_dim: int
+    context: list[str]
+    """Names of the context features that its query tower looks at."""
+
+
+class StatusAnswer(Model):
+    """A probe that passed."""
+
+    status: Literal["alive", "ready"]
+
+
+class InvalidValue(Model):
+    """One thing wrong with a request."""
+
+    location: str
+    """Where: body, path or header, then the field, with dots."""
+    message: str
+
+
+class Problem(Model):
+    """Every error's body: RFC 9457, `application/problem+json`."""
+
+    type: str
+    """urn:streamtower:problem:SLUG, one for each kind of error."""
+    title: str
+    """The kind of error, in words."""
+    status: int
+    detail: str
+    """What was expected, what came, what to do."""
+    errors: list[InvalidValue] = []
+    """Each thing wrong with the request, where that is the problem."""

@@ -1,0 +1,139 @@
+"""What happens to every HTTP request before and after the routes: keys, limits, counting. Pure ASGI.
+
+Station: between uvicorn and `service`. A request that may not come in costs no JSON and no tower.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Sequence
+
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from retriever.metrics import ROUTES, Metrics
+from retriever.problems import ProblemError, problem_response
+
+GUARDED = "/v1/"
+"""Paths under it want a key (where keys are set) and count as in flight; probes and metrics are open."""
+
+_DRAINED_BODIES = 16
+"""A body that is too large is read and thrown away up to so many times the limit, then the connection is closed."""
+
+
+class _ClientGone(Exception):
+    """The caller hung up before its request was whole."""
+
+
+class Gate:
+    """ASGI middleware: checks the key, bounds requests in flight and the body's size and time, counts and times."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        *,
+        api_keys: Sequence[SecretStr],
+        max_body_bytes: int,
+        body_timeout_seconds: float,
+        max_in_flight: int,
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._keys = [key.get_secret_value().encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+        self._body_timeout_seconds = body_timeout_seconds
+        self._max_in_flight = max_in_flight
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        started = time.perf_counter()
+        status = 500
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        guarded = scope["path"].startswith(GUARDED)
+        self._count(guarded)
+        try:
+            if guarded:
+                self._check_key(Headers(scope=scope))
+                self._check_in_flight()
+            body = await self._read_body(Headers(scope=scope), receive)
+            await self._app(scope, _replay(body, receive), send_and_note)
+        except ProblemError as error:
+            await problem_response(error, {"connection": "close"})(scope, receive, send_and_note)
+        except _ClientGone:
+            status = 499
+        finally:
+            self._count(guarded, -1)
+            name = getattr(scope.get("route"), "name", "other")
+            route = name if name in ROUTES else "other"
+            self._metrics.requests.labels(route, f"{status // 100}xx").inc()
+            if route == "candidates" and status == 200:
+                self._metrics.request_seconds.labels("whole").observe(time.perf_counter() - started)
+
+    def _count(self, guarded: bool, step: int = 1) -> None:
+        if guarded:
+            self._in_flight += step
+            self._metrics.in_flight.set(self._in_flight)
+
+    def _check_in_flight(self) -> None:
+        if self._in_flight > self._max_in_flight:
+            raise ProblemError("overloaded", f"{self._max_in_flight} requests are under way; try again later")
+
+    def _check_key(self, headers: Headers) -> None:
+        if not self._keys:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # Every key is compared, each in constant time: the time taken says nothing about them.
+        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ProblemError("unauthorized", "send one of the service's keys as `Authorization: Bearer KEY`")
+
+    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
+        """The whole body. One that is too large is read on for a while, or its sender would miss the 413."""
+        length = headers.get("content-length", "")
+        declared = int(length) if length.isdecimal() else 0
+        body = bytearray()
+        size = 0
+        try:
+            async with asyncio.timeout(self._body_timeout_seconds):
+                while max(size, declared) <= _DRAINED_BODIES * self._max_body_bytes:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientGone
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size <= self._max_body_bytes:
+                        body += part
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            reason = f"the body must be here within {self._body_timeout_seconds:g} s"
+            raise ProblemError("body-timeout", reason) from None
+        if max(size, declared) > self._max_body_bytes:
+            raise ProblemError("body-too-large", f"a body may have {self._max_body_bytes} bytes at most")
+        return bytes(body)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body that was read already, then goes on with the caller's."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
