@@ -123,6 +123,11 @@ class LocalBroker:
         """Ends the broker: SIGTERM, and SIGKILL if it is still there a second later. Harmless when it has ended."""
         self._stop_and_read()
 
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return None if self._process is None else self._process.poll()
+
     def __enter__(self) -> LocalBroker:
         self.start()
         return self
