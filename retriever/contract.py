@@ -6,15 +6,27 @@ Qdrant's own JSON.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainValidator,
+    model_validator,
+)
 from qdrant_client import models
 
 from streams.contract import MAX_CONTEXT_FEATURES, MAX_ID_BYTES
 
 MAX_K = 1_000
 """Most candidates that one request may ask for."""
+MAX_CONTEXT_TEXT = 4_096
+"""Longest text of one context feature, in characters."""
 PROBLEM_JSON = "application/problem+json"
 """Media type of every error's body (RFC 9457)."""
 
@@ -33,9 +45,21 @@ def _bounded(value: str) -> str:
     return value
 
 
+def _flat(value: object) -> object:
+    if isinstance(value, str) and len(value) > MAX_CONTEXT_TEXT:
+        raise ValueError(f"must have {MAX_CONTEXT_TEXT} characters at most, not {len(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    if not (value is None or isinstance(value, (str, bool, int, float))):
+        raise ValueError("must be text, a number, true, false or null: context is flat")
+    return value
+
+
 Id = Annotated[str, AfterValidator(_bounded), BeforeValidator(_whole_number_as_text, json_schema_input_type=str | int)]
 """The caller's id of a user or item; whole numbers are taken as their text, as in clicks."""
-ContextValue = Annotated[str, Field(max_length=4_096)] | bool | int | FiniteFloat | None
+ContextValue = Annotated[
+    str | bool | int | float | None, PlainValidator(_flat, json_schema_input_type=str | bool | int | float | None)
+]
 
 
 class Model(BaseModel):

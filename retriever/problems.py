@@ -62,12 +62,20 @@ def problem_response(error: ProblemError, headers: Mapping[str, str] | None = No
     return Response(problem.model_dump_json(), status, extra, PROBLEM_JSON)
 
 
-def invalid_request(errors: Sequence[Mapping[str, Any]]) -> ProblemError:
-    """What pydantic found wrong with a request, told so that a caller can mend it."""
+def invalid_request(errors: Sequence[Mapping[str, Any]], body: object) -> ProblemError:
+    """What pydantic found wrong with a request, told so that a caller can mend it.
+
+    Args:
+        errors: pydantic's own, each with the path `loc`: body, path or header, then the way into it.
+        body: the request's JSON.
+    """
     if any(error["type"] == "json_invalid" for error in errors):
         position, reason = errors[0]["loc"][-1], errors[0].get("ctx", {}).get("error", "")
         return ProblemError("malformed-body", f"expected JSON, but at character {position}: {reason}")
-    told = [InvalidValue(location=_location(error["loc"]), message=_message(error)) for error in _clearest(errors)]
+    told = [
+        InvalidValue(location=".".join(map(str, location)), message=_message(error))
+        for error, location in _clearest(errors, body)
+    ]
     told = list({(value.location, value.message): value for value in told}.values())[:_MAX_ERRORS]
     return ProblemError("invalid-request", "; ".join(f"{value.location}: {value.message}" for value in told[:3]), told)
 
@@ -78,28 +86,44 @@ def _message(error: Mapping[str, Any]) -> str:
     return str(error["msg"]).removeprefix("Value error, ")[:_MAX_MESSAGE]
 
 
-def _location(path: Sequence[str | int]) -> str:
-    return ".".join(str(part) for part in path if not _is_alternative(part))
+_Location = tuple[str | int, ...]
+_Placed = tuple[Mapping[str, Any], _Location]
 
 
-def _is_alternative(part: str | int) -> bool:
-    """Whether a part of an error's path names one type of a union, not a place in the caller's JSON."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part)
+def _clearest(errors: Sequence[Mapping[str, Any]], body: object) -> list[_Placed]:
+    """The errors worth telling, each with its place.
 
-
-def _clearest(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Qdrant's filter is a tree of unions, and pydantic reports every alternative that the caller did not mean.
-
-    The one that was meant got furthest into the JSON with the fewest complaints: of each field of the request's body
-    only that one's errors are kept.
+    Qdrant's filter is a tree of unions, and pydantic reports every alternative, meant or not. The one that was meant
+    got furthest into the JSON, with the fewest complaints: for each field only that one's errors are kept.
     """
-    by_field: dict[tuple[str | int, ...], dict[tuple[str, ...], list[Mapping[str, Any]]]] = {}
+    fields: dict[_Location, dict[_Location, list[_Placed]]] = {}
     for error in errors:
-        path = error["loc"]
-        alternative = tuple(str(part) for part in path if _is_alternative(part))
-        by_field.setdefault(tuple(path[:2]), {}).setdefault(alternative, []).append(error)
-    clearest = []
-    for alternatives in by_field.values():
-        meant = min(alternatives.items(), key=lambda found: (-len(found[0]), len(found[1])))
-        clearest += meant[1]
-    return clearest
+        location, alternative = _split(error, body)
+        fields.setdefault(location[:2], {}).setdefault(alternative, []).append((error, location))
+
+    def rank(found: list[_Placed]) -> tuple[int, int]:
+        return -max(len(location) for _, location in found), len(found)
+
+    return [error for alternatives in fields.values() for error in min(alternatives.values(), key=rank)]
+
+
+def _split(error: Mapping[str, Any], body: object) -> tuple[_Location, _Location]:
+    """An error's path as its place in the caller's JSON, and the names of the union's types on the way."""
+    root, *path = error["loc"]
+    if root != "body":
+        return (root, *path), ()
+    location: list[str | int] = [root]
+    alternative: list[str | int] = []
+    value = body
+    for position, part in enumerate(path):
+        inside = (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
+        )
+        if inside:
+            value = value[part]  # type: ignore[index]
+            location.append(part)
+        elif error["type"] == "missing" and position == len(path) - 1:
+            location.append(part)
+        else:
+            alternative.append(part)
+    return tuple(location), tuple(alternative)

@@ -131,7 +131,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         return ProblemError(slug, error.detail)
 
     app.add_exception_handler(ProblemError, answer_with(lambda error: error))
-    app.add_exception_handler(RequestValidationError, answer_with(lambda error: invalid_request(error.errors())))
+    app.add_exception_handler(
+        RequestValidationError, answer_with(lambda error: invalid_request(error.errors(), error.body))
+    )
     app.add_exception_handler(HTTPException, answer_with(of_http))
     app.add_exception_handler(NotReady, answer_with(lambda error: ProblemError("not-ready", str(error))))
     app.add_exception_handler(FilterRefused, answer_with(of_refusal))

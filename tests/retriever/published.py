@@ -1,0 +1,175 @@
+"""Small versions, published by hand through the contracts, and what a right answer from them is (plain numpy)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from qdrant_client import QdrantClient, models
+
+from streams.contract import hash_id, hash_ids
+from trainer.contract import (
+    DENSE,
+    ITEM_ID,
+    MANIFEST_FILE,
+    QUERY_TOWER_FILE,
+    STEP,
+    Manifest,
+    collection_name,
+    version_directory,
+)
+from trainer.towers import Feature, QueryTower, TowerConfig, build_towers, query_inputs, save_query_tower
+
+CONFIG = TowerConfig(
+    embedding_dim=8,
+    row_dim=8,
+    item_rows=2**12,
+    user_rows=2**10,
+    feature_rows=2**10,
+    history_length=5,
+    use_user_id=True,
+    context=(Feature("device", "categorical"), Feature("hour", "number"), Feature("watching", "item")),
+)
+POPULARITY_SCALE = 20.0
+POPULARITY_WEIGHT = 1.2
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version as it was published: everything that a right answer can be computed from."""
+
+    manifest: Manifest
+    tower: QueryTower
+    config: TowerConfig
+    item_ids: list[str]
+    vectors: np.ndarray
+    """float32 [n, embedding_dim + 1]"""
+
+    def scores(
+        self,
+        *,
+        user_id: str | None = None,
+        history: Sequence[str] = (),
+        context: Mapping[str, str | float] | None = None,
+        popularity: float = 1.0,
+    ) -> dict[str, float]:
+        """Item id → score: cosine / temperature + popularity · weight · log-frequency, from the formula's parts."""
+        inputs = query_inputs(
+            self.config,
+            np.array([hash_id(user_id or "nobody")], np.uint64),
+            hash_ids(history),
+            np.array([0, len(history)], np.int64),
+            {name: [value] for name, value in (context or {}).items()},
+        )
+        if user_id is None:
+            inputs.users.weights.zero_()
+        with torch.no_grad():
+            query = self.tower(inputs)[0].numpy().astype(np.float64)
+        dim = self.config.embedding_dim
+        affinity = self.vectors[:, :dim] @ query / self.config.temperature
+        log_frequency = self.vectors[:, dim] * POPULARITY_SCALE
+        score = affinity + popularity * POPULARITY_WEIGHT * log_frequency
+        return dict(zip(self.item_ids, score.tolist(), strict=True))
+
+    def best(self, k: int, *, without: Sequence[str] = (), **query: object) -> list[tuple[str, float]]:
+        """The k items of the highest score, best first."""
+        scores = self.scores(**query)  # type: ignore[arg-type]
+        left = [(item, score) for item, score in scores.items() if item not in without]
+        return sorted(left, key=lambda pair: -pair[1])[:k]
+
+
+@dataclass
+class Publisher:
+    """Does what the trainer does at a full publish, in little."""
+
+    client: QdrantClient
+    alias: str
+    model_dir: Path
+    kept: list[str] = field(default_factory=list)
+
+    def publish(
+        self,
+        model_version: int,
+        *,
+        num_items: int = 60,
+        config: TowerConfig = CONFIG,
+        item_stem: str = "item",
+        switch: bool = True,
+    ) -> Published:
+        """Writes tower and Manifest, fills the collection, and switches the alias to it."""
+        random = np.random.default_rng(model_version)
+        tower, _ = build_towers(config, seed=model_version)
+        tower.tables.users.normal_(generator=torch.Generator().manual_seed(model_version))  # as if they had been learnt
+        item_ids = [f"{item_stem}-{number}" for number in range(num_items)]
+        embeddings = random.normal(size=(num_items, config.embedding_dim))
+        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        log_frequency = -5 * random.random((num_items, 1))
+        vectors = np.hstack([embeddings, log_frequency / POPULARITY_SCALE]).astype(np.float32)
+        collection = collection_name(self.alias, model_version)
+        manifest = Manifest(
+            model_version=model_version,
+            collection=collection,
+            embedding_dim=config.embedding_dim,
+            popularity_dims=1,
+            popularity_scale=POPULARITY_SCALE,
+            popularity_weights=[POPULARITY_WEIGHT],
+            temperature=config.temperature,
+            towers=config.to_dict(),
+            num_items=num_items,
+            step=100 * model_version,
+            source_offsets={0: 10 * model_version},
+            settings_hash="by hand",
+            created_at=time.time(),
+        )
+        self.write(manifest, tower)
+        self.client.create_collection(
+            collection,
+            vectors_config={DENSE: models.VectorParams(size=vectors.shape[1], distance=models.Distance.DOT)},
+        )
+        self.client.upsert(
+            collection,
+            [
+                models.PointStruct(
+                    id=hash_id(item),
+                    vector={DENSE: vector.tolist()},
+                    payload={
+                        ITEM_ID: item,
+                        STEP: manifest.step,
+                        "parity": "even" if number % 2 == 0 else "odd",
+                        "n": number,
+                    },
+                )
+                for number, (item, vector) in enumerate(zip(item_ids, vectors, strict=True))
+            ],
+            wait=True,
+        )
+        if switch:
+            self.switch_to(model_version)
+        return Published(manifest, tower, config, item_ids, vectors)
+
+    def write(self, manifest: Manifest, tower: QueryTower) -> Path:
+        """The version's directory, the Manifest last."""
+        directory = version_directory(self.model_dir, manifest.model_version)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_query_tower(directory / QUERY_TOWER_FILE, tower)
+        (directory / MANIFEST_FILE).write_bytes(msgspec.json.encode(manifest))
+        return directory
+
+    def switch_to(self, model_version: int) -> None:
+        """Points the alias at the version, atomically."""
+        create = models.CreateAliasOperation(
+            create_alias=models.CreateAlias(
+                collection_name=collection_name(self.alias, model_version), alias_name=self.alias
+            )
+        )
+        delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=self.alias))
+        self.client.update_collection_aliases([delete, create])
+
+    def remove(self, model_version: int) -> None:
+        """Deletes the version's collection."""
+        self.client.delete_collection(collection_name(self.alias, model_version))

@@ -1,0 +1,219 @@
+"""Following the alias: switches under load, torn versions, a collection that goes away in mid-request."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+import pytest
+from qdrant_client import models
+
+from retriever.encode import VersionError, load_version
+from streams.contract import hash_ids
+from tests.retriever.published import CONFIG, Published, Publisher
+from tests.retriever.running import Running, wait_until
+from trainer.contract import MANIFEST_FILE, QUERY_TOWER_FILE, version_directory
+from trainer.towers import TowerConfig, build_towers
+
+pytestmark = pytest.mark.index
+
+
+def test_a_switch_changes_the_answers_and_is_counted(retriever: Running, publisher: Publisher) -> None:
+    for number in (1, 2):
+        version = publisher.publish(number)
+        retriever.wait_for_version(number)
+        answer = retriever.ask(history=["item-3"], k=5)
+        assert answer["model_version"] == number
+        assert [c["item_id"] for c in answer["candidates"]] == [
+            item for item, _ in version.best(5, history=["item-3"], without=["item-3"])
+        ]
+        assert retriever.value("model_version") == number
+        assert retriever.value("version_created_timestamp_seconds") == version.manifest.created_at
+    assert retriever.value("version_switches_total") == 1
+    assert retriever.value("version_load_failures_total") == 0
+
+
+def test_a_version_of_another_shape_is_served_too(retriever: Running, publisher: Publisher) -> None:
+    publisher.publish(1)
+    retriever.wait_for_version(1)
+    version = publisher.publish(2, config=TowerConfig(embedding_dim=16, row_dim=4, item_rows=2**8, hidden=(12,)))
+    retriever.wait_for_version(2)
+    answer = retriever.ask(history=["item-3"], exclude_seen=False, k=60)
+    expected = version.best(60, history=["item-3"])
+    np.testing.assert_allclose([c["score"] for c in answer["candidates"]], [s for _, s in expected], rtol=1e-4)
+
+
+def test_no_answer_mixes_two_versions_while_they_switch_under_load(retriever: Running, publisher: Publisher) -> None:
+    """Items have their version in their name, and every score must be its version's own."""
+    versions = {1: publisher.publish(1, item_stem="v1")}
+    retriever.wait_for_version(1)
+    answers: list[dict[str, Any]] = []
+    failures: list[str] = []
+    stopping = threading.Event()
+
+    def hammer() -> None:
+        with httpx.Client(base_url=retriever.http.base_url, timeout=30, trust_env=False) as http:
+            while not stopping.is_set():
+                answer = http.post("/v1/candidates", json={"history": ["seed"], "k": 5})
+                (answers if answer.status_code == 200 else failures).append(
+                    answer.json() if answer.status_code == 200 else answer.text
+                )
+
+    threads = [threading.Thread(target=hammer) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: answers, "version 1 answers")
+        for number in range(2, 22):
+            versions[number] = publisher.publish(number, item_stem=f"v{number}")
+            publisher.remove(number - 1)  # at once, though the trainer keeps it: requests in flight lose it
+            wait_until(
+                lambda number=number: failures or (answers and answers[-1]["model_version"] == number),
+                f"version {number} answers",
+            )
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    assert {answer["model_version"] for answer in answers} == set(versions)
+    expected = {number: version.best(5, history=["seed"]) for number, version in versions.items()}
+    for answer in answers:
+        best = expected[answer["model_version"]]
+        assert [c["item_id"] for c in answer["candidates"]] == [item for item, _ in best]
+        np.testing.assert_allclose([c["score"] for c in answer["candidates"]], [s for _, s in best], rtol=1e-4)
+    assert retriever.value("version_switches_total") == 20
+
+
+def test_a_torn_version_leaves_the_one_before_served(retriever: Running, publisher: Publisher) -> None:
+    publisher.publish(1)
+    retriever.wait_for_version(1)
+    publisher.publish(2, switch=False)
+    manifest = version_directory(publisher.model_dir, 2) / MANIFEST_FILE
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[: len(whole) // 2])
+    publisher.switch_to(2)
+    wait_until(lambda: retriever.value("version_load_failures_total") >= 1, "the torn version is noticed")
+    assert retriever.ask(history=[])["model_version"] == 1
+    problem = retriever.http.get("/readyz").json()
+    assert (problem["status"], problem["detail"][:30]) == (503, "version 2 cannot be loaded: no")
+    manifest.write_bytes(whole)
+    retriever.wait_for_version(2)
+    assert retriever.http.get("/readyz").status_code == 200
+
+
+def test_an_alias_on_a_foreign_collection_is_told(retriever: Running, publisher: Publisher) -> None:
+    foreign = publisher.alias + "-foreign"
+    publisher.client.create_collection(
+        foreign, vectors_config={"other": models.VectorParams(size=2, distance=models.Distance.DOT)}
+    )
+    action = models.CreateAliasOperation(
+        create_alias=models.CreateAlias(collection_name=foreign, alias_name=publisher.alias)
+    )
+    publisher.client.update_collection_aliases([action])
+    wait_until(lambda: "no version published under that alias" in (retriever.versions.problem or ""), "it is told")
+    assert retriever.http.post("/v1/candidates", json={"history": []}).status_code == 503
+
+
+def test_a_collection_of_other_dimensions_is_not_served(retriever: Running, publisher: Publisher) -> None:
+    version = publisher.publish(1, switch=False)
+    wrong = msgspec.structs.replace(version.manifest, popularity_dims=2, popularity_weights=[1.0, 1.0])
+    publisher.write(wrong, version.tower)
+    publisher.switch_to(1)
+    wait_until(lambda: "dense vectors of 9 dimensions, its Manifest 10" in (retriever.versions.problem or ""), "told")
+    assert retriever.versions.served is None
+
+
+def test_everything_begun_anew_under_the_same_number_is_loaded_again(retriever: Running, publisher: Publisher) -> None:
+    publisher.publish(1)
+    retriever.wait_for_version(1)
+    publisher.remove(1)
+    again = publisher.publish(1, item_stem="again", config=TowerConfig(embedding_dim=8, row_dim=4, item_rows=2**8))
+    wait_until(
+        lambda: retriever.versions.served and retriever.versions.served.manifest == again.manifest, "the new version 1"
+    )
+    answer = retriever.ask(history=["again-1"], k=5)
+    assert [c["item_id"] for c in answer["candidates"]] == [
+        item for item, _ in again.best(5, history=["again-1"], without=["again-1"])
+    ]
+
+
+def test_a_collection_that_is_gone_for_good_is_a_503(
+    retriever: Running, published: Published, publisher: Publisher
+) -> None:
+    publisher.remove(1)
+    answer = retriever.http.post("/v1/candidates", json={"history": []})
+    assert answer.status_code == 503
+    assert "is gone" in answer.json()["detail"]
+    wait_until(lambda: retriever.http.get("/readyz").status_code == 503, "not ready")
+
+
+def test_a_served_version_outlives_its_directory(
+    retriever: Running, published: Published, publisher: Publisher
+) -> None:
+    for name in (MANIFEST_FILE, QUERY_TOWER_FILE):
+        (version_directory(publisher.model_dir, 1) / name).unlink()
+    refreshed = retriever.value("version_load_failures_total")
+    for _ in range(3):
+        assert retriever.ask(history=[])["model_version"] == 1
+    assert retriever.value("version_load_failures_total") == refreshed == 0
+
+
+class TestLoading:
+    """`load_version` on a directory alone."""
+
+    @pytest.fixture
+    def version(self, publisher: Publisher) -> Published:
+        return publisher.publish(3)
+
+    def test_the_loaded_tower_makes_the_same_query_bit_for_bit(self, version: Published, publisher: Publisher) -> None:
+        served = load_version(publisher.model_dir, publisher.alias, version.manifest.collection)
+        assert served.manifest == version.manifest
+        assert served.config == CONFIG
+        query = served.encode(7, hash_ids(["item-1"]), {"device": "phone"}, 0.5)
+        here = type(served)(served.collection, served.manifest, served.config, version.tower)
+        assert query == here.encode(7, hash_ids(["item-1"]), {"device": "phone"}, 0.5)
+        assert len(query) == 9
+        np.testing.assert_allclose(np.linalg.norm(query[:8]), 1 / CONFIG.temperature, rtol=1e-5)
+        assert query[8] == 0.5 * 1.2 * 20.0
+
+    def test_nobody_is_not_the_user_of_row_0(self, version: Published, publisher: Publisher) -> None:
+        served = load_version(publisher.model_dir, publisher.alias, version.manifest.collection)
+        nobody, row_0 = (served.encode(user, hash_ids(["item-1"]), {}, 1.0) for user in (None, 0))
+        assert nobody != row_0
+
+    @pytest.mark.parametrize(
+        ("spoil", "reason"),
+        [
+            (lambda directory, manifest: (directory / MANIFEST_FILE).unlink(), "no Manifest in"),
+            (lambda directory, manifest: (directory / QUERY_TOWER_FILE).unlink(), "cannot be loaded"),
+            (lambda directory, manifest: (directory / QUERY_TOWER_FILE).write_bytes(b"torn"), "no query tower"),
+            (lambda directory, manifest: rewrite(directory, manifest, collection="other__v3"), "belongs to another"),
+            (lambda directory, manifest: rewrite(directory, manifest, model_version=4), "holds version 4"),
+            (lambda directory, manifest: rewrite(directory, manifest, embedding_dim=9), "embedding_dim 9, its tower 8"),
+            (lambda directory, manifest: rewrite(directory, manifest, towers={"wrong": 1}), "no setting of the towers"),
+            (
+                lambda directory, manifest: rewrite(directory, manifest, towers=manifest.towers | {"row_dim": 4}),
+                "holds no query tower of this configuration",
+            ),
+        ],
+    )
+    def test_a_spoilt_version_is_refused_with_its_reason(
+        self, version: Published, publisher: Publisher, spoil: Any, reason: str
+    ) -> None:
+        spoil(version_directory(publisher.model_dir, 3), version.manifest)
+        with pytest.raises(VersionError, match=reason):
+            load_version(publisher.model_dir, publisher.alias, version.manifest.collection)
+
+
+def rewrite(directory: Any, manifest: Any, **changes: Any) -> None:
+    (directory / MANIFEST_FILE).write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, **changes)))
+
+
+def test_towers_of_two_seeds_differ() -> None:
+    """Else the tests above could not tell one version from another."""
+    (one, _), (two, _) = (build_towers(CONFIG, seed=seed) for seed in (1, 2))
+    assert not np.allclose(one.tables.items.numpy(), two.tables.items.numpy())
