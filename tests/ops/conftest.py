@@ -23,9 +23,19 @@ Compose = dict[str, Any]
 
 
 def read_compose(**environment: str) -> Compose:
-    """docker-compose.yml as Compose's own binary reads it, with these variables and no others of the caller's."""
+    """docker-compose.yml as Compose's binary reads it, with these variables and none of the caller's or of a .env."""
+    binary = Path(sys.executable).with_name("docker-compose")
     done = subprocess.run(
-        [Path(sys.executable).with_name("docker-compose"), "-f", "docker-compose.yml", "config", "--format", "json"],
+        [
+            binary,
+            "--env-file",
+            os.devnull,
+            "-f",
+            "docker-compose.yml",
+            "config",
+            "--no-env-resolution",
+            "--format=json",
+        ],
         cwd=ROOT,
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **environment},
         capture_output=True,

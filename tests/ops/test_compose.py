@@ -223,6 +223,12 @@ def test_the_trainer_has_time_for_a_last_checkpoint(compose: Compose) -> None:
     assert grace["trainer"] >= 120
 
 
+def test_our_containers_take_further_settings_from_one_file_that_need_not_be_there(compose: Compose) -> None:
+    for name in OURS:
+        [file] = compose["services"][name]["env_file"]
+        assert (Path(file["path"]).name, file["required"]) == ("streamtower.env", False)
+
+
 def test_the_retriever_does_not_wait_for_the_trainer(compose: Compose) -> None:
     needed: set[str] = set()
     todo = ["retriever"]

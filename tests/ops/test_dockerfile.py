@@ -85,6 +85,8 @@ def test_it_installs_the_cpu_build_of_torch_before_anything_that_could_bring_ano
     assert isinstance(dependencies, list)
     torch = next(r for r in map(Requirement, dependencies) if r.name == "torch")
     assert arguments["TORCH_VERSION"] in torch.specifier
+    in_run = dict(re.findall(r'^(TORCH\w*) = "([^"]+)"', (ROOT / "run.py").read_text(), flags=re.MULTILINE))
+    assert in_run == {"TORCH": arguments["TORCH_VERSION"], "TORCH_CPU_INDEX": arguments["TORCH_INDEX"]}
     assert "--constraint constraints.txt" in installs[1] and "--no-deps ." in installs[2]
 
 
