@@ -220,7 +220,7 @@ class QueryInputs:
 
 def query_inputs(
     config: TowerConfig,
-    user_hash: UInt64Array,
+    user_hash: UInt64Array | None,
     history_values: UInt64Array,
     history_offsets: Int64Array,
     context: Mapping[str, Sequence[Value]] | None = None,
@@ -228,13 +228,13 @@ def query_inputs(
     """Queries as the query tower takes them. Total: any hash, any history, any context value has an answer.
 
     Args:
-        user_hash: uint64 [B].
+        user_hash: uint64 [B]; None where nobody is known, which is the same as a user without clicks.
         history_values: uint64 [h] item hashes, newest last; only the last `history_length` of each row count.
         history_offsets: int64 [B + 1] row i's history is history_values[history_offsets[i]:history_offsets[i + 1]].
         context: columns [B] by name. Columns that the configuration does not name are not looked at; a column that is
             not there counts as missing in every row.
     """
-    num_rows = len(user_hash)
+    num_rows = len(history_offsets) - 1
     context = {} if context is None else context
     missing: Sequence[Value] = [None] * num_rows
     columns = {feature.name: context.get(feature.name, missing) for feature in config.context}
@@ -255,13 +255,16 @@ def query_inputs(
     weights /= np.repeat(total, lengths)
     history = (rows_of(history_values[positions], config.item_rows), lengths, weights.astype(np.float32))
 
-    user_lengths = np.ones(num_rows, dtype=np.int64)
-    users = [(rows_of(user_hash, config.user_rows), user_lengths, np.ones(num_rows, np.float32))]
+    users = []
+    if config.use_user_id:
+        known = np.zeros(0, dtype=np.uint64) if user_hash is None else user_hash
+        ones = np.full(num_rows, int(user_hash is not None))
+        users = [(rows_of(known, config.user_rows), ones, np.ones(len(known), np.float32))]
     return QueryInputs(
         items=_interleave([history, *map(_column, references)], num_rows),
         features=_interleave(list(map(_column, tokens)), num_rows),
         numbers=torch.from_numpy(np.array(numbers, dtype=np.float32).reshape(len(numbers), num_rows).T.copy()),
-        users=_interleave(users if config.use_user_id else [], num_rows),
+        users=_interleave(users, num_rows),
     )
 
 

@@ -59,7 +59,9 @@ class TrainingConfig:
     mask_history: bool = True
     """Whether items of a row's history are no negatives of it: right where they are not served to it again."""
     row_learning_rate: float = 0.1
-    """Adagrad's, for the tables; > 0."""
+    """Adagrad's, for the rows of items and features; > 0."""
+    user_learning_rate: float = 0.03
+    """Adagrad's, for the rows of users, > 0: a fast one makes a user's row out of its last click."""
     dense_learning_rate: float = 0.02
     """Adagrad's, for the layers; > 0."""
     seed: int = 0
@@ -73,7 +75,7 @@ class TrainingConfig:
         ]
         problems += [
             f"{name} must be a finite number above 0, not {getattr(self, name)!r}"
-            for name in ("row_learning_rate", "dense_learning_rate")
+            for name in ("row_learning_rate", "user_learning_rate", "dense_learning_rate")
             if not (isinstance(getattr(self, name), (int, float)) and 0 < getattr(self, name) < math.inf)
         ]
         if self.correction not in ("none", "logq"):
@@ -276,6 +278,8 @@ class Learner:
         return {f"{name}.{key}": buffer for name, tower in towers for key, buffer in tower.named_buffers()}
 
     def _rate(self, name: str) -> float:
+        if name == "tables.users":
+            return self.training.user_learning_rate
         return self.training.row_learning_rate if name.startswith("tables.") else self.training.dense_learning_rate
 
     def _remember(self, clicks: Clicks) -> None:

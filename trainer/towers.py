@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 ROW_STD = 0.1
-"""Rows start as N(0, ROW_STD²)."""
+"""Rows of items and features start as N(0, ROW_STD²); those of users at 0, so that a new user is no noise."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def build_towers(config: TowerConfig, seed: int = 0) -> tuple[QueryTower, ItemTo
     tables = Tables(
         items=table(config.item_rows),
         features=table(config.feature_rows if _has_tokens(config.context + config.item) else 0),
-        users=table(config.user_rows if config.use_user_id else 0),
+        users=torch.zeros(config.user_rows if config.use_user_id else 0, config.row_dim),
     )
     query, item = QueryTower(config, tables), ItemTower(config, tables)
     for layer in (*query.layers, *item.layers):
