@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streamtower.dev.index import calls
-from streamtower.dev.index.errors import ApiError, format_error, from_engine
+from streamtower.dev.index.errors import ApiError, format_error, from_engine, is_panic
 from streamtower.dev.index.storage import Storage
 
 TITLE = "Streamtower's local Qdrant endpoint (engine qdrant-edge; for development, not a Qdrant server)"
@@ -179,7 +179,7 @@ def _answer(
         if refusal.status >= 500:
             log.exception("a call failed", method=method, path=path)
     except BaseException as error:
-        if type(error).__module__ != "pyo3_runtime":  # a panic of the engine
+        if not is_panic(error):
             raise
         log.exception("the engine panicked", method=method, path=path)
         refusal = ApiError(500, f"Service internal error: the engine panicked: {error}")
@@ -206,5 +206,8 @@ async def _flush_at_intervals(storage: Storage) -> None:
         await asyncio.sleep(FLUSH_SECONDS)
         try:
             storage.flush()
-        except Exception:  # the log of the engine still has everything, and the next try may do it
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            # The engine's write-ahead log still has everything, and the next try may do it.
             log.exception("flush failed")

@@ -96,8 +96,8 @@ def delete_collection(storage: Storage, request: Request) -> Any:
 def collection_info(storage: Storage, request: Request) -> Any:
     collection = storage.collection(request.path["name"])
     config, info = collection.config, collection.shard.info()
-    params = {"vectors": config.get("vectors") or {}} | _PARAMS
-    params |= {name: config[name] for name in (*_PARAMS, "sparse_vectors") if config.get(name) is not None}
+    params = {"vectors": _given(config.get("vectors") or {})} | _PARAMS
+    params |= _given({name: config.get(name) for name in (*_PARAMS, "sparse_vectors")})
     return {
         "status": "green",
         "optimizer_status": "ok",
@@ -113,6 +113,15 @@ def collection_info(storage: Storage, request: Request) -> Any:
         },
         "payload_schema": {name: _payload_index(index) for name, index in info.payload_schema.items()},
         "update_queue": {"length": 0},
+    }
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, down to the last level, without those that are null."""
+    return {
+        name: _given(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if value is not None
     }
 
 
@@ -151,20 +160,20 @@ def update(name: str) -> Call:
 
     def call(storage: Storage, request: Request) -> Any:
         collection = storage.collection(request.path["name"])
-        return _apply(collection, updates.operations(name, request.body, collection), request.wait)
+        return _apply(collection, updates.operation(name, request.body, collection), request.wait)
 
     return call
 
 
 def update_batch(storage: Storage, request: Request) -> Any:
     collection = storage.collection(request.path["name"])
-    done = []
+    operations = []
     for entry in schema.decode(request.body, schema.Operations).operations:
         if len(entry) != 1:
             raise format_error("data did not match any variant of untagged enum UpdateOperation")
         ((name, body),) = entry.items()
-        done.append(_apply(collection, updates.operations(name, body, collection), request.wait))
-    return done
+        operations.append(updates.operation(name, body, collection))
+    return [_apply(collection, operation, request.wait) for operation in operations]
 
 
 def create_index(storage: Storage, request: Request) -> Any:

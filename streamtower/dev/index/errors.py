@@ -44,6 +44,11 @@ def refused(feature: str) -> ApiError:
     return ApiError(400, f"Bad request: {feature}: the local endpoint does not do this; use a Qdrant server for it")
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether the engine broke down; to Python its panics are no Exception."""
+    return type(error).__module__ == "pyo3_runtime"
+
+
 def from_engine(error: Exception, *, formula: bool = False) -> ApiError:
     """The engine's exception as an answer.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
+import numpy as np
 import qdrant_edge as edge
 
 from streamtower.dev.index import schema
@@ -84,9 +85,7 @@ def condition_of(source: schema.Condition) -> Any:
         return edge.HasVectorCondition(source.has_vector)
     if source.nested is not None:
         return edge.NestedCondition(source.nested.key, _filter(source.nested.filter))
-    if any(part is not None for part in (source.must, source.should, source.must_not, source.min_should)):
-        return _filter(source)
-    raise format_error("data did not match any variant of untagged enum Condition")
+    return _filter(source)
 
 
 def _field_condition(source: schema.Condition, key: str) -> Any:
@@ -117,6 +116,9 @@ def _geo(source: schema.GeoPoint) -> Any:
 
 
 def _match(source: schema.Match) -> Any:
+    if isinstance(source.value, bool):
+        # Python's own booleans are integers to the engine's binding, and match nothing.
+        return edge.MatchValue(np.bool_(source.value))  # type: ignore[arg-type]
     if source.value is not None:
         return edge.MatchValue(source.value)
     if source.any is not None:

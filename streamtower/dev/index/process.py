@@ -61,7 +61,7 @@ class LocalIndex:
         Raises:
             LocalIndexError: it ended by itself, or did not answer in time. No process is left.
         """
-        if self._process is not None:
+        if self._process is not None and self._process.poll() is None:
             raise LocalIndexError("this index runs already")
         self._directory.mkdir(parents=True, exist_ok=True)
         # Listening starts here and the child inherits the socket, so nobody can take the port in between.
@@ -97,7 +97,7 @@ class LocalIndex:
 
     def stop(self) -> None:
         """Ends the endpoint: SIGTERM, and SIGKILL if it is still there five seconds later. Harmless if it has ended."""
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             return
         process.terminate()
@@ -109,7 +109,7 @@ class LocalIndex:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """None while it runs; −N if signal N ended it."""
         return None if self._process is None else self._process.poll()
 
     def __enter__(self) -> LocalIndex:

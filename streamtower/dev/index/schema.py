@@ -43,7 +43,7 @@ class MinShould(Struct):
     min_count: Natural
 
 
-class Condition(Filter, forbid_unknown_fields=False):
+class Condition(Filter, forbid_unknown_fields=True):
     """Any one of Qdrant's conditions, told apart by the fields that are set; a filter is one too."""
 
     key: str | None = None
@@ -245,17 +245,22 @@ class SparseVectorParams(Struct):
     modifier: Literal["none", "idf"] | None = None
 
 
-class CollectionSettings(Struct):
-    """The part of a collection's configuration that is kept and shown, and has no effect here: see `storage`."""
+class ChangeCollection(Struct):
+    """Settings that are kept and shown, and have no effect here: see `storage`."""
 
+    vectors: dict[str, dict[str, Any]] | None = None
+    sparse_vectors: dict[str, dict[str, Any]] | None = None
     hnsw_config: dict[str, Any] | None = None
     optimizers_config: dict[str, Any] | None = None
-    quantization_config: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | Literal["Disabled"] | None = None
     params: dict[str, Any] | None = None
 
 
-class CreateCollection(CollectionSettings):
+class CreateCollection(Struct):
     vectors: dict[str, Any] | None = None
+    hnsw_config: dict[str, Any] | None = None
+    optimizers_config: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
     sparse_vectors: dict[str, SparseVectorParams] | None = None
     shard_number: Positive | None = None
     replication_factor: Positive | None = None

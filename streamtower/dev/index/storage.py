@@ -34,7 +34,16 @@ import msgspec
 import qdrant_edge as edge
 
 from streamtower.dev.index import schema
-from streamtower.dev.index.errors import ApiError, StorageError, format_error, invalid, not_found, refused, wrong_input
+from streamtower.dev.index.errors import (
+    ApiError,
+    StorageError,
+    format_error,
+    invalid,
+    is_panic,
+    not_found,
+    refused,
+    wrong_input,
+)
 
 MAX_VECTOR_SIZE = 65536
 _FORBIDDEN_IN_NAMES = '<>:"/\\|?*\0\x1f'
@@ -77,9 +86,9 @@ class Collection:
     def flush(self) -> None:
         """Brings what is new to disk, after removing deleted points for good where a fifth of them is deleted."""
         if self.dirty:
-            self.dirty = False
             self.shard.optimize()
             self.shard.flush()
+            self.dirty = False
 
 
 class Storage:
@@ -155,10 +164,18 @@ class Storage:
             ApiError: 400 or 404.
         """
         collection = self.collection(name)
-        schema.decode(body, schema.CollectionSettings)
-        for part, settings in msgspec.json.decode(body).items():
+        changes = schema.decode(body, schema.ChangeCollection)
+        config = dict(collection.config)
+        for part in ("hnsw_config", "optimizers_config", "params", "quantization_config"):
+            settings = getattr(changes, part)
             if isinstance(settings, dict):
-                collection.config[part] = (collection.config.get(part) or {}) | settings
+                config[part] = (config.get(part) or {}) | settings
+            elif settings is not None:  # quantization_config: "Disabled"
+                config[part] = None
+        for part in ("vectors", "sparse_vectors"):
+            for vector, settings in (getattr(changes, part) or {}).items():
+                config[part] = _changed_vector(config.get(part) or {}, vector, settings)
+        collection.config = config
         _save(collection)
 
     def delete(self, name: str) -> bool:
@@ -249,6 +266,17 @@ def dense_vectors(vectors: dict[str, Any] | None) -> dict[str, schema.VectorPara
     return params
 
 
+def _changed_vector(vectors: dict[str, Any], name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of all vectors, with new settings for one of them; what points depend on stays."""
+    fixed = {"size", "distance", "datatype", "multivector_config"}
+    changed = {field: value for field, value in settings.items() if field not in fixed}
+    if not name and isinstance(vectors.get("size"), int):
+        return vectors | changed
+    if name not in vectors:
+        raise wrong_input(f"Not existing vector name error: {name}")
+    return vectors | {name: vectors[name] | changed}
+
+
 def checked_name(name: str) -> str:
     """The name of a collection or alias.
 
@@ -272,6 +300,8 @@ def _engine_config(body: schema.CreateCollection) -> edge.EdgeConfig:
         raise refused("custom sharding")
     if body.init_from is not None:
         raise refused("init_from")
+    if not body.vectors and not body.sparse_vectors:
+        raise refused("a collection without vectors")
     vectors = {
         name: edge.EdgeVectorParams(
             size=params.size,
@@ -306,8 +336,8 @@ def _load(path: Path) -> Collection:
     description = _read_json(path / "collection.json")
     try:
         shard = edge.EdgeShard.load(str(path / "shard"))
-    except BaseException as error:  # the engine's panics are no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise StorageError(
             f"collection {description['name']!r} in {path} cannot be read ({error}): "

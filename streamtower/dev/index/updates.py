@@ -17,6 +17,8 @@ from streamtower.dev.index.filters import filter_of, point_id
 from streamtower.dev.index.queries import sparse_vector
 from streamtower.dev.index.storage import Collection
 
+MAX_NESTING = 100
+"""Levels of a payload's objects and arrays."""
 _MODES = {
     "upsert": edge.UpdateMode.Upsert,
     "insert_only": edge.UpdateMode.InsertOnly,
@@ -44,7 +46,7 @@ _TOKENIZERS = {
 }
 
 
-def operations(name: str, body: bytes | Any, collection: Collection) -> edge.UpdateOperation:
+def operation(name: str, body: bytes | Any, collection: Collection) -> edge.UpdateOperation:
     """The operation `name` (as in a batch of operations) with this JSON body.
 
     Raises:
@@ -58,7 +60,7 @@ def operations(name: str, body: bytes | Any, collection: Collection) -> edge.Upd
 
 
 def create_index(body: schema.CreateIndex) -> edge.UpdateOperation:
-    """An index on a payload field; raises as `operations` does."""
+    """An index on a payload field; raises as `operation` does."""
     given = {"type": body.field_schema} if isinstance(body.field_schema, str) else dict(body.field_schema)
     kind = given.pop("type", None)
     if kind not in _INDEXES:
@@ -120,7 +122,18 @@ def _lengths(what: str, count: int, expected: int) -> ApiError:
 
 
 def _point(id: int | str, vector: Any, payload: dict[str, Any] | None, collection: Collection) -> edge.Point:
+    _check_nesting(payload)
     return edge.Point(point_id(id), _vectors(vector, collection), payload)
+
+
+def _check_nesting(value: Any, levels: int = MAX_NESTING) -> None:
+    """The engine stores deeper payloads, but cannot read them again, and then scrolling fails for good."""
+    if levels == 0:
+        raise format_error("recursion limit exceeded")
+    if value:
+        for entry in value.values() if isinstance(value, dict) else value:
+            if isinstance(entry, dict | list):
+                _check_nesting(entry, levels - 1)
 
 
 def _vectors(source: schema.DenseVector | schema.NamedVectors, collection: Collection) -> Any:
@@ -165,6 +178,8 @@ def _by_selection(
     """An operation that the engine has in two forms: for points by id, and by filter; `fields` of the body follow."""
 
     def translate(body: schema.Selection, collection: Collection) -> edge.UpdateOperation:
+        if isinstance(body, schema.SetPayload):
+            _check_nesting(body.payload)
         arguments = [getattr(body, name) for name in fields]
         if body.points is not None:
             return by_ids([point_id(id) for id in body.points], *arguments)
