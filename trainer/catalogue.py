@@ -1,0 +1,307 @@
+"""Every known item: its id, features, payload, clicks, log frequency and newest embedding, one row each.
+
+Station: between the micro-batches and item events that name items, and the towers, the evaluation and the index that
+need all of them. It learns nothing and talks to nobody.
+
+Items come from clicks (id alone) and from item events (features, payload). An item that is gone (tombstone) keeps its
+row, marked deleted, so that a late click does not bring it back: only an item event does. When `max_items` rows are
+full, a sixteenth of them makes room: deleted items first, then those untouched for longest. A dropped item (a deleted
+one too) that is clicked again comes back as new, without features until its next item event.
+
+Rows are renumbered when items are dropped; nothing outside may keep a row number across `admit` or `take`.
+
+Shapes: n items asked for, N rows, D embedding size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array, hash_ids
+from trainer.item_events import ItemChange
+from trainer.towers import ItemFeatures, ItemInputs, encode_item_features
+
+NO_PAYLOAD = b"{}"
+EMBED_ITEMS = 8_192
+"""Items embedded at a time."""
+
+
+class Catalogue:
+    """Known items, columnar. `step` arguments are the trainer's rising count of changes: see `loop`."""
+
+    def __init__(
+        self,
+        features: ItemFeatures,
+        *,
+        embedding_dim: int,
+        half_life_clicks: float = 5_000.0,
+        uniform_ratio: float = 0.02,
+        max_items: int = 1_000_000,
+    ) -> None:
+        """
+        Args:
+            features: an empty store; the catalogue numbers its rows.
+            embedding_dim: D.
+            half_life_clicks: clicks of all items after which an earlier click counts half, > 0.
+            uniform_ratio: share of clicks taken as spread evenly over all items, in (0, 1]: the floor of log q.
+            max_items: most rows, ≥ 1; the items of one micro-batch may come on top for the moment.
+        """
+        self.features = features
+        self.max_items = max_items
+        self._rate = math.log(2) / half_life_clicks
+        self._log_uniform_ratio = math.log(uniform_ratio)
+        self._row: dict[int, int] = {}
+        self._item_ids: list[str] = []
+        self._payloads: list[bytes] = []
+        self._size = 0
+        self._item_hash = np.zeros(0, np.uint64)
+        self._num_clicks = np.zeros(0, np.int64)
+        self._log_count = np.zeros(0, np.float64)
+        self._added = np.zeros(0, np.int64)
+        self._touched = np.zeros(0, np.int64)
+        self._deleted = np.zeros(0, np.bool_)
+        self._embedding = np.zeros((0, embedding_dim), np.float32)
+        self.clicks_counted = 0
+        """Clicks counted so far: the clock of the decay."""
+        self._log_total = -math.inf
+        self.num_deleted = 0
+        self.num_dropped = 0
+        """Rows dropped to make room, so far."""
+        self.gone: dict[int, int] = {}
+        """Hash → step of the items that were deleted or dropped, until `forget_gone`: what the index may still hold."""
+
+    def __len__(self) -> int:
+        """Rows, deleted items included."""
+        return self._size
+
+    @property
+    def num_items(self) -> int:
+        """Items that may be served."""
+        return self._size - self.num_deleted
+
+    @property
+    def item_hash(self) -> UInt64Array:
+        """uint64 [N] of all rows."""
+        return self._item_hash[: self._size]
+
+    @property
+    def num_clicks(self) -> Int64Array:
+        """int64 [N] clicks counted since the item has its row."""
+        return self._num_clicks[: self._size]
+
+    @property
+    def added(self) -> Int64Array:
+        """int64 [N] step at which the item became known, or came back."""
+        return self._added[: self._size]
+
+    @property
+    def touched(self) -> Int64Array:
+        """int64 [N] step of the last click or change."""
+        return self._touched[: self._size]
+
+    @property
+    def deleted(self) -> Any:
+        """bool [N] whether the item is gone."""
+        return self._deleted[: self._size]
+
+    @property
+    def embedding(self) -> Float32Array:
+        """float32 [N, D] newest embeddings that were set; zeros before the first."""
+        return self._embedding[: self._size]
+
+    def item_id(self, row: int) -> str:
+        """The caller's id."""
+        return self._item_ids[row]
+
+    def payload(self, row: int) -> bytes:
+        """A JSON object."""
+        return self._payloads[row]
+
+    def find(self, item_hash: UInt64Array) -> Int64Array:
+        """Rows of these items, −1 where unknown: int64 [n]."""
+        get = self._row.get
+        return np.fromiter((get(key, -1) for key in item_hash.tolist()), np.int64, len(item_hash))
+
+    def inputs(self, item_hash: UInt64Array) -> ItemInputs:
+        """Inputs of the item tower for any items, known or not."""
+        return self.features.gather(item_hash, self.find(item_hash))
+
+    def inputs_of_rows(self, rows: Int64Array) -> ItemInputs:
+        """Inputs of the item tower for these rows."""
+        return self.features.gather(self.item_hash[rows], rows)
+
+    def admit(self, item_hash: UInt64Array, item_ids: Sequence[str] | pa.StringArray, step: int) -> Int64Array:
+        """Touches these items, makes rows for the unknown ones, returns the rows: int64 [n]. Repeats are allowed."""
+        rows = self.find(item_hash)
+        if np.any(rows < 0):
+            _, first = np.unique(item_hash, return_index=True)
+            first = np.sort(first[rows[first] < 0])
+            self._touched[rows[rows >= 0]] = step
+            self._make_room(len(first), step)
+            new = np.arange(self._size, self._size + len(first))
+            self._extend(item_hash[first], [str(item_ids[int(row)]) for row in first], step)
+            self._row.update(zip(item_hash[first].tolist(), new.tolist(), strict=True))
+            rows = self.find(item_hash)
+        self._touched[rows] = step
+        return rows
+
+    def count(self, rows: Int64Array) -> None:
+        """Counts one click for each of these rows, in this order.
+
+        With k clicks counted before, the decayed count of an item after click t is c(t) = Σ 2^−((t − t_i) / half-life)
+        over its clicks t_i. Kept is log c(t) + λt with λ = ln 2 / half-life, which no later click of another item
+        changes: untouched items all fall at the same rate, and no value overflows.
+        """
+        n = len(rows)
+        if n == 0:
+            return
+        last = self.clicks_counted + n
+        weight = np.exp(self._rate * (np.arange(1, n + 1) - n))
+        distinct, inverse = np.unique(rows, return_inverse=True)
+        added = np.log(np.bincount(inverse, weight)) + self._rate * last
+        self._log_count[distinct] = np.logaddexp(self._log_count[distinct], added)
+        self._num_clicks[distinct] += np.bincount(inverse)
+        self._log_total = float(np.logaddexp(self._log_total, math.log(weight.sum()) + self._rate * last))
+        self.clicks_counted = last
+
+    @property
+    def log_total(self) -> float:
+        """Log count of all items on the scale of `log_count`: log q is the difference. 0 before the first click."""
+        return self._log_total if self.clicks_counted else 0.0
+
+    def log_count(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
+        """float64 [n] log of the decayed click counts, on a scale that stands still for untouched items; at least that
+        of a share of uniform_ratio / number of items, which an item without clicks has."""
+        floor = self.log_total + self._log_uniform_ratio - math.log(max(self.num_items, 1))
+        return np.maximum(self._log_count[: self._size][rows], floor)
+
+    def log_q(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
+        """float64 [n] log of the items' shares of the recent clicks."""
+        return self.log_count(rows) - self.log_total
+
+    def popularity(self) -> Float32Array:
+        """float32 [N] log q, −inf where the item is gone."""
+        return np.where(self.deleted, -np.inf, self.log_q()).astype(np.float32)
+
+    def set_embedding(self, rows: Int64Array, embedding: Float32Array) -> None:
+        """Keeps float32 [n, D] as the newest embeddings of these rows."""
+        self._embedding[rows] = embedding
+
+    def embed(self, rows: Int64Array, embed_items: Callable[[ItemInputs], Float32Array]) -> None:
+        """Gives these rows the embeddings that `embed_items` has for them."""
+        for start in range(0, len(rows), EMBED_ITEMS):
+            part = rows[start : start + EMBED_ITEMS]
+            self.set_embedding(part, embed_items(self.inputs_of_rows(part)))
+
+    def take(self, changes: Sequence[ItemChange], step: int) -> Int64Array:
+        """Takes item changes; of several of one item the last counts.
+
+        Returns:
+            int64 [n] rows of the items that have new features. A gone item that was not known leaves no trace.
+        """
+        newest = {change.item_id: change for change in changes}
+        put = [change for change in newest.values() if not change.gone]
+        item_ids = [change.item_id for change in put]
+        rows = self.admit(hash_ids(item_ids), item_ids, step)
+        for row, change in zip(rows.tolist(), put, strict=True):
+            self.features.replace(row, encode_item_features(self.features.config, change.features))
+            self._payloads[row] = change.payload
+        back = rows[self._deleted[rows]]
+        self._deleted[back] = False
+        self._added[back] = step
+        for key in self._item_hash[back].tolist():
+            self.gone.pop(key, None)
+        gone = self.find(hash_ids([change.item_id for change in newest.values() if change.gone]))
+        gone = gone[gone >= 0]
+        gone = gone[~self._deleted[gone]]
+        self._deleted[gone] = True
+        self._touched[gone] = step
+        self.gone.update(dict.fromkeys(self._item_hash[gone].tolist(), step))
+        self.num_deleted += len(gone) - len(back)
+        return rows
+
+    def forget_gone(self, step: int) -> None:
+        """Forgets what went before or at this step: the live version was filled without it."""
+        self.gone = {item_hash: when for item_hash, when in self.gone.items() if when > step}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the embeddings, which follow from the towers; arrays and lists are copies."""
+        return {
+            "item_hash": self.item_hash.copy(),
+            "item_id": list(self._item_ids),
+            "payload": list(self._payloads),
+            "num_clicks": self.num_clicks.copy(),
+            "log_count": self._log_count[: self._size].copy(),
+            "added": self.added.copy(),
+            "touched": self.touched.copy(),
+            "deleted": self._deleted[: self._size].copy(),
+            "clicks_counted": self.clicks_counted,
+            "log_total": self.log_total,
+            "num_dropped": self.num_dropped,
+            "features": self.features.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave, into an empty catalogue; embeddings are to be set anew.
+
+        Raises:
+            ValueError: the item features are of another configuration.
+        """
+        self.features.load_state_dict(state["features"])
+        self._item_ids, self._payloads = list(state["item_id"]), list(state["payload"])
+        self._size = len(self._item_ids)
+        names = ("item_hash", "num_clicks", "log_count", "added", "touched", "deleted")
+        for name in names:
+            setattr(self, f"_{name}", np.array(state[name]))
+        self._embedding = np.zeros((self._size, self._embedding.shape[1]), np.float32)
+        self._row = dict(zip(self._item_hash.tolist(), range(self._size), strict=True))
+        self.num_deleted = int(self._deleted.sum())
+        self.clicks_counted, self.num_dropped = int(state["clicks_counted"]), int(state["num_dropped"])
+        self._log_total = float(state["log_total"]) if self.clicks_counted else -math.inf
+        self.gone = {}
+
+    def _columns(self, change: Callable[[Any, float], Any]) -> None:
+        for name, fill in (
+            ("item_hash", 0), ("num_clicks", 0), ("log_count", -math.inf), ("added", 0), ("touched", 0),
+            ("deleted", False), ("embedding", 0.0),
+        ):  # fmt: skip
+            setattr(self, f"_{name}", change(getattr(self, f"_{name}"), fill))
+
+    def _extend(self, item_hash: UInt64Array, item_ids: list[str], step: int) -> None:
+        start, self._size = self._size, self._size + len(item_ids)
+        if self._size > len(self._item_hash):
+            room = max(self._size, 2 * len(self._item_hash), 1024) - start
+            self._columns(
+                lambda column, fill: np.concatenate(
+                    [column[:start], np.full((room, *column.shape[1:]), fill, column.dtype)]
+                )
+            )
+        self._item_hash[start : self._size] = item_hash
+        self._added[start : self._size] = step
+        self._item_ids += item_ids
+        self._payloads += [NO_PAYLOAD] * len(item_ids)
+        self.features.append(len(item_ids))
+        for key in item_hash.tolist():
+            self.gone.pop(key, None)
+
+    def _make_room(self, num_new: int, step: int) -> None:
+        if self._size + num_new <= self.max_items:
+            return
+        num_kept = max(0, min(self.max_items - self.max_items // 16, self.max_items - num_new))
+        at_hand = self.touched == step
+        oldest_first = np.lexsort((self.touched, ~self.deleted, at_hand))
+        dropped, kept = oldest_first[: self._size - num_kept], np.sort(oldest_first[self._size - num_kept :])
+        self.gone.update((key, step) for key in self._item_hash[dropped[~self._deleted[dropped]]].tolist())
+        self.num_dropped += len(dropped)
+        self._columns(lambda column, fill: column[kept])
+        self._item_ids = [self._item_ids[row] for row in kept]
+        self._payloads = [self._payloads[row] for row in kept]
+        self.features.keep(kept)
+        self._size = len(kept)
+        self._row = dict(zip(self._item_hash.tolist(), range(self._size), strict=True))
+        self.num_deleted = int(self._deleted.sum())
