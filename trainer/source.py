@@ -1,0 +1,300 @@
+"""Micro-batches and item events from Kafka, with the positions to resume from.
+
+Station: the trainer's way in. It commits nothing that anybody resumes from: positions live in the checkpoint, and the
+offsets in Kafka are for display. It learns nothing and drops nothing: what was learnt already is the loop's business.
+
+Item events come first: at the start the items topic is read up to its end, before any micro-batch is given out, so that
+features are there when items are clicked.
+
+A record of `micro-batches` that cannot be decoded was written by our own streams and holds clicks: skipping it would
+lose them in silence, so it ends the process (`BrokenRecordError`). A bad item event was written by somebody else: it is
+counted, logged and passed over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import structlog
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient
+
+from streams.contract import ContractError, MicroBatch, Topics
+from trainer.checkpoint import Positions
+from trainer.item_events import ItemChange, decode_item_change
+from trainer.metrics import Metrics
+
+PROBE_SECONDS = 2.0
+"""Silence after which Kafka is asked whether it is there."""
+MAX_RECORDS = 128
+"""Most records of one poll."""
+
+log = structlog.get_logger()
+
+
+class SourceAwayError(Exception):
+    """Kafka, or a topic in it, did not answer within the deadline."""
+
+
+class ForeignTopicError(Exception):
+    """The checkpoint has learnt from another topic `clicks` than this one."""
+
+
+class BrokenRecordError(Exception):
+    """A record of `micro-batches` breaks the contract between streams and trainer."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A micro-batch with the position to resume from once it is learnt."""
+
+    batch: MicroBatch
+    next_position: int
+    """Offset in partition `batch.partition` of `micro-batches`."""
+
+
+@dataclass(frozen=True)
+class Poll:
+    """What came in: item changes are to be taken before the micro-batches."""
+
+    items: list[ItemChange] = field(default_factory=list)
+    item_positions: dict[int, int] = field(default_factory=dict)
+    """Partition of `items` → position to resume from once `items` are taken."""
+    deliveries: list[Delivery] = field(default_factory=list)
+    loading: bool = False
+    """The items of the start are not all here yet: no micro-batch is given out before."""
+    ended: bool = False
+    """Nothing will ever come again, which Kafka never says."""
+
+
+class Source(Protocol):
+    """Where the loop gets its work."""
+
+    def start(self, positions: Positions) -> None:
+        """Called once, before the first poll. Partitions that are not named begin at their beginning; positions in a
+        topic that was made anew are taken out."""
+
+    def poll(self, timeout_seconds: float) -> Poll:
+        """What there is; waits at most so long for the first record. Raises the errors of this module."""
+
+    def lag(self) -> int:
+        """Micro-batches that were not given out yet, as far as known."""
+
+    def show_positions(self, positions: dict[int, int]) -> None:
+        """Lets others see how far the checkpoint is. Never raises, never waits."""
+
+    def close(self) -> None:
+        """Ends the source; harmless when repeated."""
+
+
+class KafkaSource:
+    """Topics `micro-batches` and `items`, all partitions, by assignment: no group, no rebalance."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        topics: Topics,
+        metrics: Metrics,
+        *,
+        deadline_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            config: how to connect, for confluent-kafka.
+            deadline_seconds: longest silence of Kafka before `SourceAwayError`.
+            clock: rising seconds.
+        """
+        self._config = {**config, "log_level": 2}
+        self._topics = topics
+        self._metrics = metrics
+        self._deadline = deadline_seconds
+        self._clock = clock
+        self._heard = clock()
+        self._consumer = Consumer(
+            {
+                **self._config,
+                "group.id": f"{topics.prefix}trainer",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                # Where retention has cut off what was not learnt yet. The gap is counted by source offsets.
+                "auto.offset.reset": "earliest",
+                # Tells the end of a partition even where its last offsets hold no record (compaction, transactions).
+                "enable.partition.eof": True,
+                "error_cb": lambda error: log.warning("kafka error", error=error.str()),
+                "queued.max.messages.kbytes": 65_536,
+                "fetch.max.bytes": 16 << 20,
+                "max.partition.fetch.bytes": 8 << 20,
+                # The end of an empty partition is told when a fetch comes back empty.
+                "fetch.wait.max.ms": 100,
+            }
+        )
+        self._loading: set[int] = set()
+        """Items partitions whose end has not been seen yet."""
+        self._waiting: list[TopicPartition] = []
+        """Partitions of micro-batches, until the items are loaded."""
+        self._given: dict[int, int] = {}
+        """Partition of micro-batches → offset of the next one to give out."""
+
+    def start(self, positions: Positions) -> None:
+        """Finds the topics, checks the positions against them, and assigns: see `Source`.
+
+        Raises:
+            SourceAwayError: no answer, or no such topics, within the deadline.
+            ForeignTopicError: topic `clicks` is not the one that the checkpoint has learnt from.
+        """
+        topics = self._topics
+        first = {topic: self._first_offsets(topic) for topic in (topics.clicks, topics.micro_batches, topics.items)}
+        ids = self._topic_ids(list(first))
+        anew = {topic for topic, known in positions.topic_ids.items() if ids.get(topic) not in (None, known)}
+        if topics.clicks in anew:
+            raise ForeignTopicError(
+                f"topic {topics.clicks} was made anew, or is on another broker, since the checkpoint was written: its "
+                "offsets say nothing about what was learnt; give the right broker or another checkpoint_dir"
+            )
+        for topic, places in ((topics.micro_batches, positions.micro_batches), (topics.items, positions.items)):
+            if topic in anew:
+                log.warning("topic was made anew: read from its beginning", topic=topic)
+                places.clear()
+        positions.topic_ids = {**positions.topic_ids, **ids}
+
+        def assignment(topic: str, places: dict[int, int]) -> list[TopicPartition]:
+            return [
+                TopicPartition(topic, partition, places.get(partition, OFFSET_BEGINNING)) for partition in first[topic]
+            ]
+
+        self._given = first[topics.micro_batches] | positions.micro_batches
+        self._waiting = assignment(topics.micro_batches, positions.micro_batches)
+        self._loading = set(first[topics.items])
+        self._consumer.assign(assignment(topics.items, positions.items))
+
+    def poll(self, timeout_seconds: float) -> Poll:
+        """What there is: see `Source`."""
+        messages = self._consumer.consume(MAX_RECORDS, timeout_seconds)
+        self._listen(bool(messages))
+        items: list[ItemChange] = []
+        item_positions: dict[int, int] = {}
+        deliveries: list[Delivery] = []
+        for message in messages:
+            if error := message.error():
+                if error.code() == KafkaError._PARTITION_EOF:
+                    if message.topic() == self._topics.items:
+                        self._loading.discard(message.partition())
+                elif error.fatal() or error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                    raise SourceAwayError(f"Kafka refuses: {error.str()}")
+                else:
+                    log.warning("kafka error", error=error.str())
+            elif message.topic() == self._topics.items:
+                item_positions[message.partition()] = message.offset() + 1
+                if change := self._item_change(message):
+                    items.append(change)
+            else:
+                deliveries.append(_delivery(message))
+                self._given[message.partition()] = message.offset() + 1
+        if self._waiting and not self._loading:
+            self._consumer.incremental_assign(self._waiting)
+            self._waiting = []
+        return Poll(items, item_positions, deliveries, loading=bool(self._loading))
+
+    def lag(self) -> int:
+        """Micro-batches not given out, by the ends that Kafka told with the last records."""
+        places = [TopicPartition(self._topics.micro_batches, partition) for partition in self._given]
+        ends = [self._consumer.get_watermark_offsets(place, cached=True)[1] for place in places]
+        return sum(max(0, end - given) for end, given in zip(ends, self._given.values(), strict=True))
+
+    def show_positions(self, positions: dict[int, int]) -> None:
+        """Commits them for display, in the background."""
+        offsets = [TopicPartition(self._topics.micro_batches, *position) for position in positions.items()]
+        try:
+            if offsets:
+                self._consumer.commit(offsets=offsets, asynchronous=True)
+        except KafkaException as error:
+            log.warning("positions not shown in kafka", error=str(error))
+
+    def close(self) -> None:
+        """Leaves Kafka."""
+        self._consumer.close()
+
+    def _first_offsets(self, topic: str) -> dict[int, int]:
+        """First offset of each partition, waiting for the topic within the deadline."""
+        since = self._clock()
+        while True:
+            try:
+                metadata = self._consumer.list_topics(topic, timeout=min(5.0, self._deadline)).topics[topic]
+                if metadata.error is None and metadata.partitions:
+                    places = [TopicPartition(topic, partition) for partition in metadata.partitions]
+                    return {place.partition: self._ask_bounds(place)[0] for place in places}
+                problem = f"there is no topic {topic}; `streamtower topics` makes it"
+            except KafkaException as error:
+                problem = f"Kafka does not answer: {error.args[0].str()}"
+            if self._clock() - since > self._deadline:
+                raise SourceAwayError(f"{problem} (waited {self._deadline:g} s)")
+            self._metrics.kafka_up.set(0)
+            time.sleep(0.2)
+
+    def _topic_ids(self, topics: list[str]) -> dict[str, str]:
+        """The ids that a broker gives topics when they are made; none from brokers before Kafka 2.8."""
+        admin = AdminClient(self._config)  # to be held until its answers are here
+        try:
+            futures = admin.describe_topics(TopicCollection(topics), request_timeout=10.0)
+            ids = {topic: str(future.result(10.0).topic_id) for topic, future in futures.items()}
+        except (KafkaException, TimeoutError) as error:
+            log.warning("topic ids are unknown: a topic made anew cannot be told", error=str(error))
+            return {}
+        return {topic: topic_id for topic, topic_id in ids.items() if topic_id.strip("A=") not in ("", "None")}
+
+    def _ask_bounds(self, place: TopicPartition) -> tuple[int, int]:
+        bounds: tuple[int, int] | None = self._consumer.get_watermark_offsets(place, timeout=PROBE_SECONDS)
+        if bounds is None:
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+        return bounds
+
+    def _listen(self, heard: bool) -> None:
+        """Keeps watch over Kafka: silence is normal, no answer to a question is not."""
+        now = self._clock()
+        if not heard and now - self._heard >= PROBE_SECONDS:
+            try:
+                self._ask_bounds(TopicPartition(self._topics.micro_batches, min(self._given)))
+                heard = True
+                if self._loading:
+                    log.warning("an end of the items topic was never told: going on", partitions=sorted(self._loading))
+                    self._loading.clear()
+            except KafkaException as error:
+                self._metrics.kafka_up.set(0)
+                if self._clock() - self._heard > self._deadline:
+                    raise SourceAwayError(
+                        f"no answer from Kafka for {self._deadline:g} s: {error.args[0].str()}"
+                    ) from error
+        if heard:
+            self._heard = self._clock()
+            self._metrics.kafka_up.set(1)
+
+    def _item_change(self, message: Message) -> ItemChange | None:
+        try:
+            return decode_item_change(message.key(), message.value())
+        except ContractError as error:
+            self._metrics.item_events_rejected.inc()
+            log.warning("item event rejected", partition=message.partition(), offset=message.offset(), error=str(error))
+            return None
+
+
+def _delivery(message: Message) -> Delivery:
+    where = f"{message.topic()}[{message.partition()}]@{message.offset()}"
+    try:
+        batch = MicroBatch.decode(message.value() or b"")
+    except ContractError as error:
+        raise BrokenRecordError(f"{where}: {error}; streams and trainer may be of versions that do not fit") from error
+    if batch.partition != message.partition():
+        raise BrokenRecordError(f"{where} holds clicks of partition {batch.partition}; partition counts differ")
+    return Delivery(batch, message.offset() + 1)
