@@ -1,0 +1,460 @@
+"""Publishing on a real Qdrant endpoint: versions, deltas, late writers, tombstones, cut-offs, an index that is away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from qdrant_client import QdrantClient, models
+
+from streams.contract import hash_id, hash_ids
+from tests.trainer.gate import Gate
+from tests.trainer.small_trainer import CONFIG, TRAINING
+from trainer.catalogue import Catalogue
+from trainer.checkpoint import Progress
+from trainer.contract import (
+    DENSE,
+    QUERY_TOWER_FILE,
+    collection_name,
+    load_manifest,
+    query_vector,
+    version_directory,
+)
+from trainer.index import Index, IndexAwayError, Points, new_client
+from trainer.item_events import ItemChange
+from trainer.metrics import Metrics
+from trainer.publish import Publisher
+from trainer.rollout import PublishSettings, Rollout
+from trainer.step import Learner
+from trainer.towers import ItemFeatures, load_query_tower, query_inputs
+from trainer.versions import Versions
+
+pytestmark = [
+    pytest.mark.index,
+    # The client looks at the server's version on a thread of its own; the gate may be shut by then.
+    pytest.mark.filterwarnings("ignore:Failed to obtain server version:UserWarning"),
+]
+
+DEADLINE_SECONDS = 60.0
+SETTINGS = PublishSettings(publish_batch_points=4, settings_hash="abc")
+
+
+@dataclass
+class Clock:
+    now: float = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Publishing:
+    """A publisher with its own catalogue and learner, driven by hand."""
+
+    url: str
+    alias: str
+    model_dir: Path
+    settings: PublishSettings = SETTINGS
+    attempts: int = 1
+    index_class: type[Index] = Index
+    progress: Progress = field(default_factory=Progress)
+    metrics: Metrics = field(default_factory=Metrics)
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(1)
+        self.client: QdrantClient = new_client(self.url, None, 10)
+        stopping = threading.Event()
+        self.index = self.index_class(self.client, self.alias, attempts=self.attempts, stopping=stopping)
+        self.catalogue = Catalogue(ItemFeatures(CONFIG), embedding_dim=CONFIG.embedding_dim, half_life_clicks=100)
+        self.learner = Learner(CONFIG, TRAINING, self.catalogue.inputs)
+        rollout = Rollout(self.index, Versions(self.model_dir), self.settings, self.clock, self.clock)
+        self.publisher = Publisher(
+            rollout, self.catalogue, self.learner, self.progress, self.metrics, stopping=stopping
+        )
+
+    def click(self, *item_ids: str) -> None:
+        self.progress.step += 1
+        rows = self.catalogue.admit(hash_ids(item_ids), item_ids, self.progress.step)
+        self.catalogue.count(rows)
+        self.catalogue.embed(np.unique(rows), self.learner.embed_items)
+
+    def take(self, *changes: ItemChange) -> None:
+        self.progress.step += 1
+        self.catalogue.embed(self.catalogue.take(changes, self.progress.step), self.learner.embed_items)
+
+    def until(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, "nothing more happens"
+            self.publisher.advance()
+            time.sleep(0.002)
+
+    def settle(self) -> None:
+        """Lets time pass until the live version has all that is known."""
+        self.clock.now += SETTINGS.publish_interval_seconds
+        self.until(lambda: self.publisher.idle)
+
+    def renew(self) -> None:
+        """Lets time pass until the next version is live."""
+        before = self.live
+        self.clock.now += 1_000.0
+        self.until(lambda: self.live != before and self.publisher.idle)
+
+    @property
+    def live(self) -> int | None:
+        return self.publisher.live.number if self.publisher.live else None
+
+    def collection(self) -> str:
+        (name,) = (a.collection_name for a in self.client.get_aliases().aliases if a.alias_name == self.alias)
+        return str(name)
+
+    def points(self, collection: str | None = None) -> dict[str, models.Record]:
+        records, _ = self.client.scroll(collection or self.collection(), limit=1_000, with_vectors=True)
+        return {record.payload["item_id"]: record for record in records if record.payload}
+
+    def collections(self) -> list[str]:
+        names = [c.name for c in self.client.get_collections().collections]
+        return sorted(name for name in names if name.startswith(self.alias))
+
+    def value(self, name: str, **labels: str) -> float:
+        found = self.metrics.registry.get_sample_value(f"streamtower_trainer_{name}", labels)
+        assert found is not None, name
+        return found
+
+
+@pytest.fixture
+def new(qdrant_url: str, alias: str, tmp_path: Path) -> Iterator[Callable[..., Publishing]]:
+    made: list[Publishing] = []
+
+    def make(url: str = qdrant_url, **values: object) -> Publishing:
+        made.append(Publishing(url, alias, tmp_path / "models", **values))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for publishing in made:
+        publishing.publisher.close()
+        publishing.client.close()
+
+
+def vector_of(record: models.Record) -> np.ndarray:
+    assert isinstance(record.vector, dict)
+    return np.array(record.vector[DENSE], np.float32)
+
+
+def test_nothing_is_published_before_there_is_an_item(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    for _ in range(3):
+        publishing.publisher.advance()
+    assert not publishing.collections() and publishing.live is None
+
+
+def test_the_first_version_has_every_item_with_its_vector_and_payload(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.take(ItemChange("a", {"brand": "x"}, b'{"title": "A", "item_id": "not mine"}'), ItemChange("b"))
+    publishing.click("a", "c", "c")
+    publishing.progress.learnt = {0: 3}
+    publishing.settle()
+    points = publishing.points()
+    assert points.keys() == {"a", "b", "c"}
+    assert publishing.collection() == collection_name(publishing.alias, 1)
+    assert {key: record.id for key, record in points.items()} == {key: hash_id(key) for key in points}
+    assert points["a"].payload == {"title": "A", "item_id": "a", "step": 2}
+    manifest = load_manifest(version_directory(publishing.model_dir, 1))
+    assert (manifest.model_version, manifest.collection) == (1, publishing.collection())
+    assert (manifest.num_items, manifest.source_offsets, manifest.settings_hash) == (3, {0: 3}, "abc")
+    for item, record in points.items():
+        row = int(publishing.catalogue.find(hash_ids([item]))[0])
+        wanted = np.append(publishing.catalogue.embedding[row], publishing.catalogue.log_q()[row] / 20.0)
+        np.testing.assert_allclose(vector_of(record), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_any_client_gets_the_score_from_manifest_tower_and_index(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click(*[f"i{n % 7}" for n in range(40)])
+    publishing.settle()
+    manifest = load_manifest(version_directory(publishing.model_dir, 1))
+    tower = load_query_tower(version_directory(publishing.model_dir, 1) / QUERY_TOWER_FILE, CONFIG)
+    query = query_inputs(CONFIG, hash_ids(["me"]), hash_ids(["i1", "i2"]), np.array([0, 2]))
+    embedding = tower(query).numpy()[0]
+    vector = query_vector(manifest, embedding.tolist(), popularity=0.7)
+    hits = publishing.client.query_points(publishing.alias, query=vector, using=DENSE, limit=7).points
+    cosine = publishing.catalogue.embedding @ embedding
+    score = cosine / CONFIG.temperature + 0.7 * publishing.catalogue.log_q()
+    for hit in hits:
+        assert hit.payload is not None
+        row = int(publishing.catalogue.find(hash_ids([hit.payload["item_id"]]))[0])
+        assert hit.score == pytest.approx(score[row], abs=1e-4)
+    assert len(hits) == 7
+
+
+def test_a_delta_writes_the_touched_items_alone_into_the_live_collection(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click("a", "b", "c")
+    publishing.settle()
+    before = publishing.points()
+    publishing.click("b", "new")
+    publishing.take(ItemChange("c", {}, b'{"title": "C"}'))
+    publishing.settle()
+    after = publishing.points()
+    assert publishing.live == 1 and publishing.collections() == [collection_name(publishing.alias, 1)]
+    steps = {item: record.payload["step"] for item, record in after.items() if record.payload}
+    assert steps == {"a": 1, "b": 3, "c": 3, "new": 3}
+    assert after["a"] == before["a"]
+    assert after["c"].payload == {"title": "C", "item_id": "c", "step": 3}
+    assert publishing.value("items_published_total", kind="delta") == 3
+    assert publishing.value("items_published_total", kind="full") == 3
+
+
+def test_popularity_of_touched_and_untouched_items_stays_comparable(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click(*["a"] * 5, *["b"] * 3, "c")
+    publishing.settle()
+    for _ in range(6):
+        publishing.click("b", "d", "d")
+        publishing.settle()
+    assert publishing.live == 1
+    log_q = publishing.catalogue.log_q()
+    stored = {item: 20.0 * float(vector_of(record)[-1]) for item, record in publishing.points().items()}
+    for item, value in stored.items():
+        row = int(publishing.catalogue.find(hash_ids([item]))[0])
+        row_of_a = int(publishing.catalogue.find(hash_ids(["a"]))[0])
+        assert value - stored["a"] == pytest.approx(log_q[row] - log_q[row_of_a], abs=1e-4)
+
+
+def test_a_late_writer_changes_nothing(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click("a", "b")
+    publishing.settle()
+    publishing.click("a")
+    publishing.settle()
+    before = publishing.points()
+    late = Points(hash_ids(["a", "b"]), np.ones((2, 9), np.float32), ["a", "b"], [b'{"late": 1}', b'{"late": 2}'])
+    publishing.index.upsert(1, late, step=1)
+    publishing.index.delete(1, hash_ids(["a"]), step=1)
+    assert publishing.points() == before
+
+
+def test_a_gone_item_is_deleted_and_a_late_upsert_does_not_bring_it_back(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click("a", "b")
+    publishing.settle()
+    publishing.take(ItemChange("a", gone=True))
+    publishing.settle()
+    assert publishing.points().keys() == {"b"}
+    publishing.index.upsert(1, Points(hash_ids(["a"]), np.ones((1, 9), np.float32), ["a"], [b"{}"]), step=1)
+    assert publishing.points().keys() == {"a", "b"}
+    publishing.click("a", "b")
+    publishing.settle()
+    assert publishing.points().keys() == {"b"}
+    publishing.renew()
+    assert publishing.points().keys() == {"b"} and publishing.catalogue.gone == {}
+    publishing.take(ItemChange("a"))
+    publishing.settle()
+    assert publishing.points().keys() == {"a", "b"}
+
+
+def test_a_new_version_gets_its_own_collection_and_the_last_two_stay(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click("a", "b")
+    publishing.settle()
+    for version in (2, 3, 4):
+        publishing.renew()
+        assert publishing.live == version
+    names = [collection_name(publishing.alias, version) for version in (3, 4)]
+    assert publishing.collections() == names and publishing.collection() == names[1]
+    assert sorted(path.name for path in publishing.model_dir.iterdir()) == ["v00000003", "v00000004"]
+    assert publishing.value("index_version") == 4
+
+
+def test_what_is_touched_while_a_version_is_filled_is_in_it_when_it_goes_live(new: Callable[..., Publishing]) -> None:
+    filled = threading.Event()
+    touched = threading.Event()
+
+    class Slow(Index):
+        def upsert(self, version: int, points: Points, step: int) -> None:
+            super().upsert(version, points, step)
+            filled.set()
+            assert touched.wait(DEADLINE_SECONDS)
+
+    publishing = new(index_class=Slow)
+    publishing.click("a", "b")
+    publishing.until(filled.is_set)
+    publishing.click("b", "new")
+    publishing.take(ItemChange("a", gone=True))
+    touched.set()
+    publishing.until(lambda: publishing.live == 1)
+    points = publishing.points()
+    assert points.keys() == {"b", "new"}
+    assert points["b"].payload == {"item_id": "b", "step": 3}
+
+
+class Dying(Index):
+    """Its process dies, as far as it is concerned, at the third upsert."""
+
+    calls = 0
+
+    def upsert(self, version: int, points: Points, step: int) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            raise IndexAwayError("cut off")
+        super().upsert(version, points, step)
+
+
+def test_a_cut_off_publish_is_invisible_and_cleaned_up_at_the_next_start(new: Callable[..., Publishing]) -> None:
+    first = new()
+    first.click(*[f"i{n}" for n in range(10)])
+    first.settle()
+    served = first.points()
+    second = new(index_class=Dying, progress=Progress(model_version=first.live or 0))
+    second.click(*[f"i{n}" for n in range(20)])
+    second.until(lambda: second.value("publish_failures_total", kind="full"))
+    assert first.collections() == [collection_name(first.alias, version) for version in (1, 2)]
+    assert first.collection() == collection_name(first.alias, 1) and first.points() == served
+    (first.model_dir / ".v00000002").mkdir()
+    third = new()
+    third.click(*[f"i{n}" for n in range(15)])
+    third.settle()
+    assert third.live == 3 and len(third.points()) == 15
+    assert third.collections() == [collection_name(first.alias, version) for version in (1, 3)]
+    assert sorted(path.name for path in third.model_dir.iterdir()) == ["v00000001", "v00000003"]
+
+
+def test_a_version_with_points_missing_does_not_go_live(new: Callable[..., Publishing]) -> None:
+    class Lossy(Index):
+        def upsert(self, version: int, points: Points, step: int) -> None:
+            super().upsert(version, next(points.batches(3)), step)
+
+    publishing = new(index_class=Lossy)
+    publishing.click("a", "b", "c", "d")
+    publishing.until(lambda: publishing.value("publish_failures_total", kind="full"))
+    assert publishing.live is None and not publishing.model_dir.joinpath("v00000001").exists()
+
+
+def test_numbers_rise_above_checkpoint_directory_and_collections(new: Callable[..., Publishing]) -> None:
+    publishing = new(progress=Progress(model_version=4))
+    publishing.click("a")
+    publishing.model_dir.joinpath("v00000006").mkdir()
+    publishing.client.create_collection(
+        collection_name(publishing.alias, 8), vectors_config=models.VectorParams(size=2, distance=models.Distance.DOT)
+    )
+    publishing.settle()
+    assert publishing.live == publishing.progress.model_version == 9
+    publishing.renew()
+    assert publishing.live == 10
+
+
+@pytest.mark.parametrize("lost", ["alias", "collection"])
+def test_a_live_version_that_disappeared_is_published_anew(new: Callable[..., Publishing], lost: str) -> None:
+    publishing = new()
+    publishing.click("a", "b")
+    publishing.settle()
+    if lost == "collection":
+        publishing.client.delete_collection(publishing.collection())
+    else:
+        action = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=publishing.alias))
+        publishing.client.update_collection_aliases([action])
+    publishing.click("c")
+    publishing.clock.now += SETTINGS.publish_interval_seconds
+    publishing.until(lambda: publishing.live == 2)
+    assert publishing.points().keys() == {"a", "b", "c"}
+
+
+def test_while_the_index_is_away_learning_goes_on_and_all_is_published_later(
+    new: Callable[..., Publishing], qdrant_url: str
+) -> None:
+    target = urlsplit(qdrant_url)
+    assert target.hostname is not None and target.port is not None
+    with Gate(target.hostname, target.port) as gate:
+        publishing = new(url=f"http://127.0.0.1:{gate.port}", attempts=2)
+        publishing.click("a", "b")
+        publishing.settle()
+        gate.shut()
+        publishing.click("a", "c")
+        for failures in (1, 2, 3):
+            publishing.clock.now += 10.0
+            publishing.until(lambda n=failures: publishing.value("publish_failures_total", kind="delta") >= n)
+            publishing.click("d", f"e{failures}")
+        assert publishing.publisher.published_step == 1
+        gate.open()
+        publishing.clock.now += 30.0
+        publishing.until(lambda: publishing.publisher.idle)
+        assert publishing.points().keys() == {"a", "b", "c", "d", "e1", "e2", "e3"}
+        assert publishing.live is not None
+        publishing.publisher.close()
+        publishing.client.close()
+
+
+def test_an_index_that_hiccups_once_is_asked_again(new: Callable[..., Publishing], qdrant_url: str) -> None:
+    target = urlsplit(qdrant_url)
+    assert target.hostname is not None and target.port is not None
+    with Gate(target.hostname, target.port) as gate:
+        client = new_client(f"http://127.0.0.1:{gate.port}", None, 10)
+        retries: list[int] = []
+        index = Index(client, "any", attempts=3, on_retry=lambda: (retries.append(1), gate.open())[0])
+        gate.shut()
+        assert index.live_version() is None
+        assert retries == [1]
+        client.close()
+
+
+def test_freshness_runs_from_ingest_to_the_acknowledgement_that_carries_the_click(
+    new: Callable[..., Publishing],
+) -> None:
+    publishing = new()
+    publishing.click("a")
+    publishing.publisher.freshness.note(publishing.progress.step, np.array([990.0, 996.0, 999.9]))
+    publishing.settle()
+
+    def observed(edge: str) -> float:
+        return publishing.value("click_to_servable_seconds_bucket", le=edge)
+
+    assert publishing.clock.now == 1_002.0
+    assert (observed("5.0"), observed("10.0"), observed("+Inf")) == (1, 2, 3)
+    publishing.click("b")
+    publishing.publisher.freshness.note(publishing.progress.step, np.array([1_003.0]))
+    publishing.publisher.advance()
+    assert observed("+Inf") == 3
+    publishing.settle()
+    assert publishing.clock.now == 1_004.0 and observed("5.0") == 2
+    assert publishing.value("click_to_servable_seconds_sum") == pytest.approx(12 + 6 + 2.1 + 1)
+
+
+def test_versions_come_in_growing_intervals_and_never_crowd_the_index(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click("a")
+    publishing.until(lambda: publishing.live == 1)
+    for version, seconds in ((1, 15.0), (2, 30.0), (3, 60.0), (4, 60.0)):
+        publishing.clock.now += seconds - 0.001
+        for _ in range(3):
+            publishing.publisher.advance()
+        publishing.until(lambda: publishing.publisher.idle)
+        assert publishing.live == version
+        publishing.clock.now += 0.001
+        publishing.until(lambda v=version: publishing.live == v + 1)
+
+
+def test_a_bug_in_a_publishing_thread_reaches_the_loop(new: Callable[..., Publishing]) -> None:
+    class Broken(Index):
+        def create(self, version: int, size: int, *, hnsw: bool) -> None:
+            raise ZeroDivisionError
+
+    publishing = new(index_class=Broken)
+    publishing.click("a")
+    with pytest.raises(ZeroDivisionError):
+        publishing.until(lambda: False)
+
+
+def test_closing_stops_what_is_under_way(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click(*[f"i{n}" for n in range(200)])
+    publishing.publisher.advance()
+    publishing.publisher.close()
+    assert publishing.live is None

@@ -1,0 +1,222 @@
+"""Qdrant, as publishing needs it: collections of model versions, points in and out, the alias.
+
+Station: between `publish` and Qdrant. It decides nothing about when and what; it knows no towers. Every call is
+repeated a bounded number of times, with a growing pause, when what failed may pass.
+
+Writers that come late (a call that timed out here and is carried out there afterwards) are fenced by the payload's
+`step`: an upsert changes only points of a smaller step, a delete takes only points up to its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import structlog
+from qdrant_client import QdrantClient, models
+from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+from streams.contract import Float32Array, UInt64Array
+from trainer.contract import DENSE, ITEM_ID, STEP, collection_name, model_version_of
+
+FIRST_PAUSE_SECONDS = 0.25
+DELETE_POINTS = 10_000
+"""Points named by one delete."""
+
+ResultT = TypeVar("ResultT")
+log = structlog.get_logger()
+
+
+class IndexAwayError(Exception):
+    """Qdrant did not answer, or not as it should, in all attempts: publish again later."""
+
+
+class CollectionGoneError(Exception):
+    """The collection or the alias that should be there is not: a new version has to be published."""
+
+
+class PublishStoppedError(Exception):
+    """The process is about to end."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """n items as the index takes them."""
+
+    item_hash: UInt64Array
+    """[n] point ids, distinct."""
+    vectors: Float32Array
+    """[n, D + 1]"""
+    item_ids: list[str]
+    payloads: list[bytes]
+    """JSON objects."""
+
+    def __len__(self) -> int:
+        return len(self.item_hash)
+
+    def batches(self, size: int) -> Iterator[Points]:
+        """These points, `size` at a time."""
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Points(self.item_hash[part], self.vectors[part], self.item_ids[part], self.payloads[part])
+
+
+class Index:
+    """One alias and the collections of its versions."""
+
+    def __init__(
+        self,
+        client: QdrantClient,
+        alias: str,
+        *,
+        attempts: int = 4,
+        payload_indexes: Mapping[str, str] | None = None,
+        on_retry: Callable[[], None] = lambda: None,
+        stopping: threading.Event | None = None,
+    ) -> None:
+        """
+        Args:
+            client: made with the header accept-encoding: identity, without which every answer waits 40 ms.
+            alias: names the live collection.
+            attempts: for each call, ≥ 1.
+            payload_indexes: payload field → kind of index, for the callers' filters.
+            on_retry: called before each repeated attempt.
+            stopping: once set, calls raise `PublishStoppedError`.
+        """
+        self._client = client
+        self.alias = alias
+        self._attempts = attempts
+        self._payload_indexes = {**(payload_indexes or {}), ITEM_ID: "keyword", STEP: "integer"}
+        self._on_retry = on_retry
+        self._stopping = stopping or threading.Event()
+
+    def live_version(self) -> int | None:
+        """The version that the alias names, or None where there is no alias, or none to a collection of ours."""
+        for alias in self._call(lambda: self._client.get_aliases()).aliases:
+            if alias.alias_name == self.alias:
+                return model_version_of(self.alias, alias.collection_name)
+        return None
+
+    def versions(self) -> list[int]:
+        """Versions that have a collection, whole or not, rising."""
+        names = [collection.name for collection in self._call(lambda: self._client.get_collections()).collections]
+        return sorted(version for name in names if (version := model_version_of(self.alias, name)) is not None)
+
+    def create(self, version: int, size: int, *, hnsw: bool) -> None:
+        """Makes a version's collection with its payload indexes; `size` = D + 1."""
+        name = collection_name(self.alias, version)
+        # m=0: no graph. Searches are exact, fast enough up to some 100,000 points, and points are indexed at once.
+        graph = models.HnswConfigDiff(m=16, ef_construct=100) if hnsw else models.HnswConfigDiff(m=0)
+        vectors = {DENSE: models.VectorParams(size=size, distance=models.Distance.DOT)}
+        self._call(lambda: self._client.create_collection(name, vectors_config=vectors, hnsw_config=graph))
+        for field, kind in self._payload_indexes.items():
+            schema = models.PayloadSchemaType(kind)
+            self._call(lambda f=field, s=schema: self._client.create_payload_index(name, f, s))  # type: ignore[misc]
+
+    def upsert(self, version: int, points: Points, step: int) -> None:
+        """Writes a batch of points at this step, where there is none or one of a smaller step; returns when applied.
+
+        It waits for each batch, because what goes wrong after an answer that did not wait is told to nobody.
+        """
+        batch = models.Batch(
+            ids=points.item_hash.tolist(),
+            vectors={DENSE: points.vectors.tolist()},
+            payloads=[
+                {**msgspec.json.decode(payload), ITEM_ID: item_id, STEP: step}
+                for item_id, payload in zip(points.item_ids, points.payloads, strict=True)
+            ],
+        )
+        older = models.Filter(must=[models.FieldCondition(key=STEP, range=models.Range(lt=step))])
+        name = collection_name(self.alias, version)
+        self._call(lambda: self._client.upsert(name, batch, wait=True, update_filter=older))
+
+    def delete(self, version: int, item_hash: UInt64Array, step: int) -> None:
+        """Deletes those of the points that are of this step or before."""
+        name = collection_name(self.alias, version)
+        for start in range(0, len(item_hash), DELETE_POINTS):
+            ids = item_hash[start : start + DELETE_POINTS].tolist()
+            named = models.Filter(
+                must=[
+                    models.HasIdCondition(has_id=ids),
+                    models.FieldCondition(key=STEP, range=models.Range(lte=step)),
+                ]
+            )
+            selector = models.FilterSelector(filter=named)
+            self._call(lambda s=selector: self._client.delete(name, s, wait=True))  # type: ignore[misc]
+
+    def wait_until_green(self, version: int, seconds: float) -> None:
+        """Waits until Qdrant has indexed all points of a version.
+
+        Raises:
+            IndexAwayError: it has not within `seconds`.
+        """
+        deadline, pause = time.monotonic() + seconds, 0.02
+        while True:
+            status = self._call(lambda: self._client.get_collection(collection_name(self.alias, version))).status
+            if status == models.CollectionStatus.GREEN:
+                return
+            if time.monotonic() > deadline:
+                raise IndexAwayError(f"version {version} is {status} and not green after {seconds:g} s")
+            self._pause(pause)
+            pause = min(2 * pause, 0.5)
+
+    def count(self, version: int) -> int:
+        """Exact number of points of a version."""
+        name = collection_name(self.alias, version)
+        return int(self._call(lambda: self._client.count(name, exact=True)).count)
+
+    def switch(self, version: int) -> None:
+        """Makes the alias name this version: in one call, so that there is always one."""
+        name = collection_name(self.alias, version)
+        create = models.CreateAliasOperation(
+            create_alias=models.CreateAlias(collection_name=name, alias_name=self.alias)
+        )
+        delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=self.alias))
+
+        def change() -> bool:
+            there = any(alias.alias_name == self.alias for alias in self._client.get_aliases().aliases)
+            return self._client.update_collection_aliases([delete, create] if there else [create])
+
+        self._call(change)
+
+    def drop(self, version: int) -> None:
+        """Removes a version's collection; harmless where there is none."""
+        self._call(lambda: self._client.delete_collection(collection_name(self.alias, version)))
+
+    def _pause(self, seconds: float) -> None:
+        if self._stopping.wait(seconds):
+            raise PublishStoppedError
+
+    def _call(self, call: Callable[[], ResultT]) -> ResultT:
+        for attempt in range(1, self._attempts + 1):
+            if self._stopping.is_set():
+                raise PublishStoppedError
+            try:
+                return call()
+            except (ResponseHandlingException, UnexpectedResponse, ResourceExhaustedResponse) as error:
+                code = getattr(error, "status_code", None)
+                if code == 404:
+                    raise CollectionGoneError(str(error)) from error
+                passing = code is None or code >= 500 or code in (408, 429)
+                if not passing or attempt == self._attempts:
+                    raise IndexAwayError(f"attempt {attempt} of {self._attempts}: {error}") from error
+                self._on_retry()
+                self._pause(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+        raise AssertionError("unreachable")
+
+
+def new_client(url: str, api_key: str | None, timeout_seconds: int) -> QdrantClient:
+    """A client of Qdrant's REST interface. It asks for uncompressed answers: compressed ones cost 44 ms each."""
+    return QdrantClient(url=url, api_key=api_key, timeout=timeout_seconds, headers={"accept-encoding": "identity"})
+
+
+def joined_vectors(embedding: Float32Array, log_count: Any, landmark: float, scale: float) -> Float32Array:
+    """What the index holds of n items: float32 [n, D + 1] = [embedding ‖ (log count − landmark) / scale]."""
+    popularity = ((log_count - landmark) / scale).astype(np.float32)
+    return np.concatenate([embedding, popularity[:, None]], axis=1)

@@ -1,0 +1,249 @@
+"""Publishing: which item vectors go into the index when, and which query tower belongs to them.
+
+Station: between the loop, which owns towers and catalogue, and the index. Copies are taken on the loop's thread,
+between two micro-batches, so that they fit together; what waits happens on threads of its own (`rollout`), so that
+learning goes on. It decides no score: vectors and weights are in the Manifest.
+
+**Full publish** = a new model version. A copy of both towers and of every item is taken; a new collection is filled,
+its number above all that ever were; the items touched meanwhile are caught up on; the points are counted; the version's
+directory (query tower, Manifest) is put in place; the alias is switched. Until then readers see nothing of it. What a
+cut-off publish leaves behind is removed before the next one.
+When: as soon as there is an item, also after a restart: a process writes only into collections that it has filled
+itself, so that nothing that an earlier process still has under way can reach the live one. Then after
+`first_publish_interval_seconds`, then after twice as long each time up to `full_publish_interval_seconds`, because the
+query tower of a version stands still while item vectors move, and a young model moves fastest; but never within four
+times what the last one took. At once when the live collection or the alias has disappeared.
+
+**Delta** = the items touched since the last acknowledged copy, new items first, into the live collection; and a delete
+of all items that went since the version was taken, again each time, so that a late upsert brings none back for long.
+
+While Qdrant is away, learning goes on; what is touched meanwhile is published when it is back.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+import numpy as np
+import structlog
+
+from streams.contract import Float32Array, Int64Array
+from trainer.catalogue import Catalogue
+from trainer.checkpoint import Progress
+from trainer.contract import Manifest, collection_name
+from trainer.freshness import Freshness
+from trainer.index import CollectionGoneError, IndexAwayError, Points, PublishStoppedError, joined_vectors
+from trainer.metrics import Metrics
+from trainer.rollout import Copy, Delta, Done, Filled, Rollout, Version
+from trainer.step import Learner
+
+GATHER_ITEMS = 8_192
+"""Items whose inputs are gathered, and that are embedded, at a time."""
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between attempts to publish, while Qdrant is away."""
+CLOSE_SECONDS = 3.0
+"""How long `close` waits for what is under way."""
+
+ResultT = TypeVar("ResultT")
+log = structlog.get_logger()
+
+
+class Publisher:
+    """Takes copies and has them published. All methods are for the loop's thread."""
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        catalogue: Catalogue,
+        learner: Learner,
+        progress: Progress,
+        metrics: Metrics,
+        *,
+        stopping: threading.Event | None = None,
+    ) -> None:
+        """
+        Args:
+            rollout: does the work; its settings say when, its clocks count.
+            catalogue: read when copies are taken; also given the embeddings that a full publish makes.
+            learner: read when copies are taken.
+            progress: read when copies are taken; `model_version` is kept up to date.
+            stopping: the event that the index was given; `close` sets it.
+        """
+        self._rollout, self._settings = rollout, rollout.settings
+        self._catalogue, self._learner, self._progress, self._metrics = catalogue, learner, progress, metrics
+        self._stopping = stopping or threading.Event()
+        self._rising = rollout.rising
+        self.freshness = Freshness(metrics.click_to_servable)
+        self.live: Version | None = None
+        """The live version, if this process has published one."""
+        self.published_step = -1
+        """What was touched after it is not in the live version, or not as it is now."""
+        self._fill: Future[Filled] | None = None
+        self._filled: Filled | None = None
+        self._switch: Future[Done] | None = None
+        self._delta: Future[Done] | None = None
+        self._delta_due = self._full_due = self._full_started = -math.inf
+        self._num_full = 0
+        self._failures = {"delta": 0, "full": 0}
+
+    def advance(self) -> None:
+        """Takes up what has finished and begins what is due. Never waits; raises only what is a bug."""
+        now = self._rising()
+        self._finish(now)
+        if self._filled is not None and self._switch is None and self._delta is None:
+            filled, catch_up = self._filled, self._take_delta(self._filled.version, self._filled.version.step)
+            self._switch = _start(lambda: self._rollout.make_live(filled, catch_up))
+        if self._fill is None and self._filled is None and now >= self._full_due and self._catalogue.num_items:
+            taken, self._full_started = self._take_copy(), now
+            self._fill = _start(lambda: self._rollout.fill(taken))
+        if self.live is not None and self._delta is None and self._switch is None and now >= self._delta_due:
+            self._delta_due = now + self._settings.publish_interval_seconds
+            if self._progress.step > self.published_step:
+                version, delta = self.live, self._take_delta(self.live, self.published_step)
+                self._metrics.items_unpublished.set(len(delta.points))
+                self._delta = _start(lambda: self._rollout.publish_delta(version, delta))
+
+    @property
+    def idle(self) -> bool:
+        """Whether the live version has all that is known, and nothing is under way."""
+        under_way = any(part is not None for part in (self._fill, self._filled, self._switch, self._delta))
+        return self.live is not None and not under_way and self.published_step >= self._progress.step
+
+    def close(self) -> None:
+        """Stops what is under way; nothing is lost, for a restart publishes in full."""
+        self._stopping.set()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for future in (self._fill, self._switch, self._delta):
+            while future is not None and not future.done() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        self._finish(self._rising())
+
+    def _take_copy(self) -> Copy:
+        catalogue, config, settings = self._catalogue, self._learner.config, self._settings
+        rows = np.flatnonzero(~catalogue.deleted)
+        # One copy of both, so that they go on sharing their tables.
+        query_tower, item_tower = copy.deepcopy((self._learner.query_tower, self._learner.item_tower))
+        number = self._progress.model_version + 1
+        version = Version(number, catalogue.log_total, self._progress.step, self._rollout.clock())
+        manifest = Manifest(
+            model_version=number,
+            collection=collection_name(self._rollout.index.alias, number),
+            embedding_dim=config.embedding_dim,
+            popularity_dims=1,
+            popularity_scale=settings.popularity_scale,
+            popularity_weights=[settings.popularity_weight],
+            temperature=config.temperature,
+            towers=config.to_dict(),
+            num_items=len(rows),
+            step=self._learner.num_steps,
+            source_offsets=dict(self._progress.learnt),
+            settings_hash=settings.settings_hash,
+            created_at=version.created_at,
+        )
+        starts = range(0, len(rows), GATHER_ITEMS)
+        inputs = [catalogue.inputs_of_rows(rows[start : start + GATHER_ITEMS]) for start in starts]
+        points = self._take_points(rows, catalogue.embedding[:0])
+        return Copy(version, manifest, query_tower, item_tower, inputs, points, catalogue.log_count(rows))
+
+    def _take_delta(self, version: Version, since: int) -> Delta:
+        catalogue, scale = self._catalogue, self._settings.popularity_scale
+        rows = np.flatnonzero((catalogue.touched > since) & ~catalogue.deleted)
+        rows = rows[np.argsort(catalogue.added[rows] <= since, kind="stable")]
+        log_count = catalogue.log_count(rows)
+        points = self._take_points(rows, joined_vectors(catalogue.embedding[rows], log_count, version.landmark, scale))
+        gone = np.fromiter(catalogue.gone.keys(), np.uint64, len(catalogue.gone))
+        return Delta(self._progress.step, points, gone)
+
+    def _take_points(self, rows: Int64Array, vectors: Float32Array) -> Points:
+        catalogue, numbers = self._catalogue, rows.tolist()
+        return Points(
+            item_hash=catalogue.item_hash[rows],
+            vectors=vectors,
+            item_ids=[catalogue.item_id(row) for row in numbers],
+            payloads=[catalogue.payload(row) for row in numbers],
+        )
+
+    def _finish(self, now: float) -> None:
+        if self._delta is not None and self._delta.done():
+            delta, self._delta = self._delta, None
+            if done := self._result(delta, "delta", now):
+                self._acknowledged(done, "delta")
+        if self._fill is not None and self._fill.done():
+            fill, self._fill = self._fill, None
+            if filled := self._result(fill, "full", now):
+                self._filled = filled
+                self._progress.model_version = max(self._progress.model_version, filled.version.number)
+                self._keep_embeddings(filled)
+        if self._filled is not None and self._switch is not None and self._switch.done():
+            switch, filled, self._switch, self._filled = self._switch, self._filled, None, None
+            if done := self._result(switch, "full", now):
+                self._went_live(filled.version, done, now)
+
+    def _keep_embeddings(self, filled: Filled) -> None:
+        """The evaluation uses the fresh embeddings too, except where an item was touched since."""
+        rows = self._catalogue.find(filled.points.item_hash)
+        same = rows >= 0
+        same[same] = self._catalogue.touched[rows[same]] <= filled.version.step
+        self._catalogue.set_embedding(rows[same], filled.points.vectors[same])
+
+    def _went_live(self, version: Version, done: Done, now: float) -> None:
+        self.live = version
+        self._catalogue.forget_gone(version.step)
+        self._acknowledged(done, "full")
+        self._metrics.index_version.set(version.number)
+        self._metrics.index_version_timestamp.set(version.created_at)
+        interval = min(
+            self._settings.first_publish_interval_seconds * 2.0 ** min(self._num_full, 30),
+            self._settings.full_publish_interval_seconds,
+        )
+        self._num_full += 1
+        self._full_due = self._full_started + max(interval, 4 * (now - self._full_started))
+        log.info("published", model_version=version.number, items=done.num_points, seconds=round(done.seconds, 3))
+
+    def _acknowledged(self, done: Done, kind: str) -> None:
+        self.published_step = done.step
+        self._failures[kind] = 0
+        self.freshness.acknowledge(done.step, done.acknowledged_at)
+        self._metrics.items_published.labels(kind).inc(done.num_points)
+        self._metrics.publish_seconds.labels(kind).observe(done.seconds)
+        self._metrics.publish_timestamp.set(done.acknowledged_at)
+        self._metrics.items_unpublished.set(0)
+
+    def _result(self, future: Future[ResultT], kind: str, now: float) -> ResultT | None:
+        """What a finished job gives, or None: it failed, which is counted and its next attempt set."""
+        try:
+            return future.result()
+        except PublishStoppedError:
+            return None
+        except (IndexAwayError, CollectionGoneError, OSError) as error:
+            self._failures[kind] += 1
+            pause = min(2.0 ** min(self._failures[kind] - 1, 30), LONGEST_PAUSE_SECONDS)
+            self._metrics.publish_failures.labels(kind).inc()
+            log.warning("publish failed", kind=kind, error=str(error), next_attempt_seconds=pause)
+            if kind == "full":
+                self._full_due = now + pause
+            else:
+                self._delta_due = now + pause
+            if kind == "delta" and isinstance(error, CollectionGoneError):
+                self.live, self._full_due = None, now
+            return None
+
+
+def _start(job: Callable[[], ResultT]) -> Future[ResultT]:
+    """Runs a job on a thread of its own: a daemon, so that it cannot keep the process alive."""
+    future: Future[ResultT] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="publish", daemon=True).start()
+    return future

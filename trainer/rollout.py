@@ -1,0 +1,192 @@
+"""What publishing does on threads of its own: fill a version, make it live, write a delta.
+
+Station: between `publish`, which takes the copies and decides when, and the index and the model directory. It works on
+copies alone: nothing here sees the catalogue, the learner or the progress.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+import structlog
+import torch
+
+from streams.contract import Float32Array, Float64Array, UInt64Array
+from trainer.contract import Manifest, collection_name
+from trainer.index import CollectionGoneError, Index, IndexAwayError, Points, joined_vectors
+from trainer.towers import ItemInputs, ItemTower, QueryTower
+from trainer.versions import Versions
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class PublishSettings:
+    """When to publish and how: see `TrainerSettings`, where each is explained."""
+
+    publish_interval_seconds: float = 2.0
+    first_publish_interval_seconds: float = 15.0
+    full_publish_interval_seconds: float = 60.0
+    publish_batch_points: int = 500
+    hnsw_from_items: int = 200_000
+    green_seconds: float = 300.0
+    keep_versions: int = 2
+    popularity_scale: float = 20.0
+    popularity_weight: float = 1.0
+    settings_hash: str = ""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version that this process fills or has filled."""
+
+    number: int
+    landmark: float
+    """Log count that its last dimension is relative to."""
+    step: int
+    """Of the copy."""
+    created_at: float
+
+
+@dataclass(frozen=True)
+class Copy:
+    """All that a full publish needs, taken between two micro-batches."""
+
+    version: Version
+    manifest: Manifest
+    query_tower: QueryTower
+    item_tower: ItemTower
+    inputs: list[ItemInputs]
+    points: Points
+    """Without vectors: [0, D]."""
+    log_count: Float64Array
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A version whose collection is filled, and nobody's yet."""
+
+    copy: Copy
+    version: Version
+    points: Points
+    """With the embeddings alone: vectors [n, D]."""
+    started: float
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Touched and gone items."""
+
+    step: int
+    points: Points
+    gone: UInt64Array
+
+
+@dataclass(frozen=True)
+class Done:
+    """A publish that was acknowledged."""
+
+    step: int
+    num_points: int
+    seconds: float
+    acknowledged_at: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The jobs of a publisher. Each may raise IndexAwayError, CollectionGoneError, PublishStoppedError and OSError."""
+
+    index: Index
+    versions: Versions
+    settings: PublishSettings
+    clock: Callable[[], float] = time.time
+    rising: Callable[[], float] = time.monotonic
+
+    def fill(self, taken: Copy) -> Filled:
+        """Fills a new collection with every item of the copy."""
+        started = self.rising()
+        live = self.index.live_version()
+        # Above those that are removed now, too: a dead process may still have something under way there.
+        number = 1 + max([taken.version.number - 1, live or 0, *self.index.versions(), *self.versions.numbers()])
+        self._remove_unfinished(live)
+        version = replace(taken.version, number=number)
+        hnsw = len(taken.points) >= self.settings.hnsw_from_items
+        self.index.create(number, taken.manifest.embedding_dim + 1, hnsw=hnsw)
+        embedded: list[Float32Array] = []
+        done = 0
+        for inputs in taken.inputs:
+            with torch.inference_mode():
+                embedding = taken.item_tower(inputs).numpy()
+            embedded.append(embedding)
+            part = slice(done, done + len(embedding))
+            points = Points(
+                taken.points.item_hash[part],
+                joined_vectors(embedding, taken.log_count[part], version.landmark, self.settings.popularity_scale),
+                taken.points.item_ids[part],
+                taken.points.payloads[part],
+            )
+            for batch in points.batches(self.settings.publish_batch_points):
+                self.index.upsert(number, batch, version.step)
+            done += len(embedding)
+        points = replace(taken.points, vectors=np.concatenate(embedded))
+        return Filled(taken, version, points, started)
+
+    def make_live(self, filled: Filled, catch_up: Delta) -> Done:
+        """Catches up, checks, puts the directory in place, switches the alias, removes old versions."""
+        number = filled.version.number
+        self._write(number, catch_up)
+        self.index.wait_until_green(number, self.settings.green_seconds)
+        wanted = np.setdiff1d(np.union1d(filled.points.item_hash, catch_up.points.item_hash), catch_up.gone)
+        if (found := self.index.count(number)) != len(wanted):
+            raise IndexAwayError(f"version {number} has {found} points and should have {len(wanted)}")
+        names = {"model_version": number, "collection": collection_name(self.index.alias, number)}
+        self.versions.write(msgspec.structs.replace(filled.copy.manifest, **names), filled.copy.query_tower)
+        self.index.switch(number)
+        num_points = len(filled.points) + len(catch_up.points)
+        done = Done(catch_up.step, num_points, self.rising() - filled.started, self.clock())
+        try:
+            self._remove_old(number)
+        except (IndexAwayError, CollectionGoneError) as error:
+            log.warning("old versions stay for now", error=str(error))
+        return done
+
+    def publish_delta(self, version: Version, delta: Delta) -> Done:
+        """Writes a delta into a live version."""
+        started = self.rising()
+        if self.index.live_version() is None:
+            raise CollectionGoneError(f"there is no alias {self.index.alias}")
+        self._write(version.number, delta)
+        return Done(delta.step, len(delta.points), self.rising() - started, self.clock())
+
+    def _write(self, number: int, delta: Delta) -> None:
+        if len(delta.gone):
+            self.index.delete(number, delta.gone, delta.step)
+        for batch in delta.points.batches(self.settings.publish_batch_points):
+            self.index.upsert(number, batch, delta.step)
+
+    def _remove_unfinished(self, live: int | None) -> None:
+        """Removes what cut-off publishes left: above the live version, or without a directory."""
+        whole = self.versions.numbers()
+        for number in self.index.versions():
+            if number != live and (number not in whole or (live is not None and number > live)):
+                log.info("unfinished version removed", model_version=number)
+                self.index.drop(number)
+        for number in whole:
+            if live is not None and number > live:
+                self.versions.remove(number)
+        self.versions.remove_unfinished()
+
+    def _remove_old(self, live: int) -> None:
+        """Keeps the live version and those before it that are to be kept."""
+        for numbers, remove in (
+            (self.index.versions(), self.index.drop),
+            (self.versions.numbers(), self.versions.remove),
+        ):
+            before = [number for number in numbers if number < live]
+            for number in before[: max(0, len(before) - self.settings.keep_versions + 1)]:
+                remove(number)
