@@ -1,0 +1,99 @@
+"""A small trainer for tests: real parts, tiny tables, no Kafka; a publisher of the test's own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streams.contract import MicroBatch
+from tests.trainer.list_source import ListSource
+from trainer.catalogue import Catalogue
+from trainer.checkpoint import Checkpoints, Progress
+from trainer.evaluate import Prequential
+from trainer.freshness import Freshness
+from trainer.item_events import ItemChange
+from trainer.loop import Loop
+from trainer.metrics import Metrics
+from trainer.step import Learner, TrainingConfig
+from trainer.towers import Feature, ItemFeatures, TowerConfig
+
+CONFIG = TowerConfig(
+    embedding_dim=8,
+    row_dim=8,
+    item_rows=512,
+    user_rows=64,
+    feature_rows=64,
+    use_user_id=True,
+    context=(Feature("device", "categorical"),),
+    item=(Feature("brand", "categorical"), Feature("price", "number")),
+)
+TRAINING = TrainingConfig(rows_per_step=8, recent_negatives=8, recent_window=40, seed=3)
+IDENTITY = {"towers": CONFIG.to_dict(), "seed": 3}
+
+
+class SilentPublisher:
+    """Publishes nothing; counts how often it was asked."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.freshness = Freshness(metrics.click_to_servable)
+        self.num_advances = 0
+
+    def advance(self) -> None:
+        self.num_advances += 1
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Trainer:
+    """The parts of one trainer, as a checkpoint in `directory` had them, or new."""
+
+    directory: Path
+    entries: Iterable[MicroBatch | list[ItemChange]] = ()
+    interval: float = 1e9
+    evaluate: bool = True
+    max_items: int = 1_000
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(1)
+        self.checkpoints = Checkpoints(self.directory, IDENTITY, self.metrics)
+        self.catalogue = Catalogue(
+            ItemFeatures(CONFIG), embedding_dim=CONFIG.embedding_dim, half_life_clicks=100, max_items=self.max_items
+        )
+        self.learner = Learner(CONFIG, TRAINING, self.catalogue.inputs)
+        self.progress = Progress()
+        if state := self.checkpoints.load():
+            self.learner.load_state_dict(state.learner)
+            self.catalogue.load_state_dict(state.catalogue)
+            self.progress = state.progress
+        self.evaluation = Prequential(CONFIG.temperature, rows_per_batch=8) if self.evaluate else None
+        self.source: Any = ListSource(self.entries)
+        self.publisher: Any = SilentPublisher(self.metrics)
+
+    def run(self, stop: threading.Event | None = None) -> None:
+        """The loop, to the end of the entries."""
+        Loop(
+            self.source,
+            self.catalogue,
+            self.learner,
+            self.evaluation,
+            self.checkpoints,
+            self.publisher,
+            self.progress,
+            self.metrics,
+            checkpoint_interval_seconds=self.interval,
+        ).run(stop or threading.Event())
+        self.checkpoints.close()
+
+    def value(self, name: str, **labels: str) -> float:
+        """A metric's value, by its name without the stem."""
+        found = self.metrics.registry.get_sample_value(f"streamtower_trainer_{name}", labels)
+        assert found is not None, name
+        return found

@@ -1,0 +1,247 @@
+"""What the trainer measures; served at /metrics of its own port.
+
+Station: beside the data's way. Help texts are the formulas; docs/metrics.md is held against them. No label ever holds
+an id or a version.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from streams.contract import Float64Array
+
+if TYPE_CHECKING:
+    from trainer.catalogue import Catalogue
+    from trainer.checkpoint import Progress
+    from trainer.evaluate import Prequential
+
+CUTOFFS = (10, 100)
+"""The K of recall at K."""
+PUBLISH_KINDS = ("full", "delta")
+STAGES = ("wait", "items", "evaluate", "learn", "touch", "checkpoint", "publish")
+"""What the loop's thread spends its time on."""
+SERVABLE_SECONDS = tuple(sorted({5.0, 10.0} | {round(0.01 * 1.25**k, 6) for k in range(48)}))
+"""Edges of the freshness histogram: 10 ms to 6 minutes in steps of a quarter, and the objectives 5 s and 10 s."""
+LOSSES = 100
+"""Micro-batches that the loss is a mean over."""
+REPORT_SECONDS = 0.5
+"""Time between two looks at what is too dear to look at for each micro-batch."""
+
+
+class SecondsHistogram(Collector):
+    """A classic Prometheus histogram that observes whole arrays; safe to observe from any thread."""
+
+    def __init__(self, name: str, text: str, edges: tuple[float, ...], registry: CollectorRegistry) -> None:
+        self.name, self.text = name, text
+        self._edges = np.array(edges)
+        self._counts = np.zeros(len(edges) + 1, np.int64)
+        self._sum = 0.0
+        self._lock = threading.Lock()
+        registry.register(self)
+
+    def observe(self, seconds: Float64Array, weights: Float64Array | None = None) -> None:
+        """Counts each of `seconds` [n], `weights` [n] times (once by default)."""
+        place = np.searchsorted(self._edges, seconds, side="left")
+        counts = np.bincount(place, weights, minlength=len(self._counts)).astype(np.int64)
+        with self._lock:
+            self._counts += counts
+            self._sum += float(np.dot(seconds, np.ones(len(seconds)) if weights is None else weights))
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """The histogram as Prometheus reads it."""
+        with self._lock:
+            cumulative, total = np.cumsum(self._counts), self._sum
+        edges = [*map(floatToGoString, self._edges), "+Inf"]
+        family = HistogramMetricFamily(self.name, self.text)
+        family.add_metric([], list(zip(edges, cumulative.astype(float), strict=True)), total)
+        yield family
+
+
+class Metrics:
+    """All metrics of one trainer, on a registry of its own; every child exists from the start."""
+
+    def __init__(
+        self, registry: CollectorRegistry | None = None, *, rising: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`rising`: seconds that never go back."""
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry = CollectorRegistry() if registry is None else registry
+        stem = "streamtower_trainer_"
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(stem + name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(stem + name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, edges: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(stem + name, text, labels, buckets=edges, registry=registry)
+
+        self.clicks_learnt = counter("clicks_learnt_total", "Clicks (rows of micro-batches) learnt by this process.")
+        self.rows_already_learnt = counter(
+            "rows_already_learnt_total", "Rows dropped because their source offset had been learnt: delivered again."
+        )
+        self.micro_batches = counter(
+            "micro_batches_total", "Micro-batches with at least one row that was learnt by this process."
+        )
+        self.steps = counter("steps_total", "Optimizer steps taken by this process.")
+        self.source_gap = counter(
+            "source_gap_offsets_total",
+            "Source offsets between the next one to learn and the first one of the next micro-batch: never delivered.",
+        )
+        self.consumer_lag = gauge(
+            "consumer_lag_messages", "Micro-batches in Kafka that are not learnt yet, over all partitions."
+        )
+        self.kafka_up = gauge("kafka_up", "1 if Kafka answered the last time it was heard or asked, else 0.")
+        self.learnt_timestamp = gauge(
+            "learnt_click_timestamp_seconds",
+            "Largest ingest time among the clicks learnt, in seconds since the epoch; 0 before the first.",
+        )
+
+        self.loss = gauge(
+            "loss", "Mean loss per row, from before each step's update, over the last 100 micro-batches learnt."
+        )
+        self.loss_first = gauge(
+            "loss_first", "Mean loss per row over the first up to 100 micro-batches that the model ever learnt."
+        )
+        recall = (
+            "over the last evaluation_window_clicks tested clicks; tested before learnt, a never-seen item is a miss."
+        )
+        self.prequential_recall = gauge(
+            "prequential_recall_at_k",
+            f"Share of clicks whose item the served score ranks among the first k, {recall}",
+            "k",
+        )
+        self.popularity_recall = gauge(
+            "popularity_recall_at_k", f"Share of clicks whose item log q alone ranks among the first k, {recall}", "k"
+        )
+        self.recall_ceiling = gauge(
+            "recall_ceiling_ratio",
+            f"Share of clicks whose item was known at all: the most that recall can be, {recall}",
+        )
+        self.clicks_evaluated = counter("clicks_evaluated_total", "Clicks on which the model was tested.")
+
+        self.items_known = gauge("items_known", "Items in the catalogue that may be served.")
+        self.items_deleted = gauge("items_deleted", "Items in the catalogue that are gone (tombstones).")
+        self.items_dropped = gauge(
+            "items_dropped", "Items ever dropped from the catalogue because max_items was reached."
+        )
+        self.item_events = counter("item_events_total", "Item events taken into the catalogue, tombstones included.")
+        self.item_events_rejected = counter(
+            "item_events_rejected_total", "Item events passed over because they break the contract."
+        )
+
+        self.items_published = counter(
+            "items_published_total",
+            "Points of acknowledged upserts: full = into a new version; delta = into the live one.",
+            "kind",
+        )
+        self.publish_seconds = histogram(
+            "publish_seconds",
+            "Seconds of a finished publish: full = from the copy to the switched alias; delta = from the copy to the "
+            "last acknowledgement.",
+            (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
+            "kind",
+        )
+        self.publish_failures = counter("publish_failures_total", "Publishes given up after all attempts.", "kind")
+        self.qdrant_retries = counter("qdrant_retries_total", "Calls to Qdrant repeated after an error that may pass.")
+        self.index_version = gauge("index_version", "Number of the live version; 0 before the first of this process.")
+        self.index_version_timestamp = gauge(
+            "index_version_timestamp_seconds", "When the live version's copy was taken, in seconds since the epoch."
+        )
+        self.publish_timestamp = gauge(
+            "publish_timestamp_seconds", "When a publish was last acknowledged, in seconds since the epoch."
+        )
+        self.items_unpublished = gauge(
+            "items_unpublished", "Items touched since the copy that the last acknowledged publish was made from."
+        )
+        self.click_to_servable = SecondsHistogram(
+            stem + "click_to_servable_seconds",
+            "Seconds from a click's ingest time (Kafka's timestamp) to the acknowledged publish with its effect.",
+            SERVABLE_SECONDS,
+            registry,
+        )
+
+        self.checkpoint_seconds = histogram(
+            "checkpoint_seconds",
+            "Seconds of a finished checkpoint, from the copy to the renamed directory; most of it beside the loop.",
+            (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+        )
+        self.checkpoint_failures = counter(
+            "checkpoint_failures_total", "Checkpoints that could not be written; the one before stands."
+        )
+        self.checkpoint_timestamp = gauge(
+            "checkpoint_timestamp_seconds", "When the newest checkpoint's copy was taken, in seconds since the epoch."
+        )
+        self.stage_seconds = counter("stage_seconds_total", "Seconds that the loop spent, by what it did.", "stage")
+        self._newest, self._evaluated = 0.0, 0
+        self._losses: deque[float] = deque(maxlen=LOSSES)
+        self._rising, self._report_due = rising, -math.inf
+        for kind in PUBLISH_KINDS:
+            for metric in (self.items_published, self.publish_seconds, self.publish_failures):
+                metric.labels(kind)
+        for cutoff in CUTOFFS:
+            self.prequential_recall.labels(str(cutoff))
+            self.popularity_recall.labels(str(cutoff))
+        for stage in STAGES:
+            self.stage_seconds.labels(stage)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Counts the seconds of what it encloses as this stage's."""
+        started = self._rising()
+        try:
+            yield
+        finally:
+            self.stage_seconds.labels(name).inc(max(0.0, self._rising() - started))
+
+    def learnt(self, num_clicks: int, num_steps: int, loss: float, newest_ingest_time: float) -> None:
+        """A micro-batch was learnt: mean loss per row, largest ingest time in seconds since the epoch."""
+        self.clicks_learnt.inc(num_clicks)
+        self.micro_batches.inc()
+        self.steps.inc(num_steps)
+        self._losses.append(loss)
+        self._newest = max(self._newest, newest_ingest_time)
+
+    def report(
+        self,
+        catalogue: Catalogue,
+        progress: Progress,
+        evaluation: Prequential | None,
+        lag: Callable[[], int],
+        *,
+        now: bool = False,
+    ) -> None:
+        """Sets the gauges from the state, every `REPORT_SECONDS` at most unless `now`. Recall is NaN without tests."""
+        if not now and self._rising() < self._report_due:
+            return
+        self._report_due = self._rising() + REPORT_SECONDS
+        self.consumer_lag.set(lag())
+        self.learnt_timestamp.set(self._newest)
+        if self._losses:
+            self.loss.set(math.fsum(self._losses) / len(self._losses))
+        if progress.first_losses:
+            self.loss_first.set(math.fsum(progress.first_losses) / len(progress.first_losses))
+        self.items_known.set(catalogue.num_items)
+        self.items_deleted.set(catalogue.num_deleted)
+        self.items_dropped.set(catalogue.num_dropped)
+        if evaluation is not None and evaluation.num_evaluated:
+            self.clicks_evaluated.inc(evaluation.num_evaluated - self._evaluated)
+            self._evaluated = evaluation.num_evaluated
+            window = evaluation.window()
+            self.recall_ceiling.set(window.ceiling())
+            for cutoff in CUTOFFS:
+                self.prequential_recall.labels(str(cutoff)).set(window.recall(cutoff))
+                self.popularity_recall.labels(str(cutoff)).set(window.popularity_recall(cutoff))

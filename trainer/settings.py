@@ -1,0 +1,190 @@
+"""Settings of the trainer, all from environment variables STREAMTOWER_TRAINER_*.
+
+Station: read once at start, through `streams.service.load_settings`; nothing else here reads the environment. It loads
+no torch, so that settings are refused before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from streams.service import KafkaSettings
+
+PayloadIndex = Literal["keyword", "integer", "float", "bool", "datetime"]
+
+
+class TrainerSettings(KafkaSettings):
+    """Where the trainer reads and writes, how it learns, and how often it saves and publishes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="STREAMTOWER_TRAINER_", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    kafka_deadline_seconds: float = Field(60.0, gt=0, le=3_600)
+    """Longest time without any answer from Kafka, or without its topics at start, before the process gives up (exit
+    code 69), in seconds."""
+    checkpoint_dir: Path = Path("checkpoints")
+    """Directory of the checkpoints: model, optimizer, catalogue and offsets. One trainer at a time."""
+    checkpoint_interval_seconds: float = Field(30.0, ge=0.1, le=86_400)
+    """Time between checkpoints, in seconds: what is learnt again after a crash."""
+    keep_checkpoints: int = Field(3, ge=1, le=100)
+    """Newest checkpoints kept."""
+
+    qdrant: str = Field("http://127.0.0.1:6333", pattern=r"^https?://[^/\s]+")
+    """URL of Qdrant's REST interface."""
+    qdrant_api_key: SecretStr | None = None
+    """Key that Qdrant asks for; it must allow writing."""
+    qdrant_timeout_seconds: int = Field(10, ge=1, le=600)
+    """Longest time for one call to Qdrant, in seconds."""
+    qdrant_attempts: int = Field(4, ge=1, le=100)
+    """Attempts for one call to Qdrant before a publish is given up and begun again later."""
+    alias: str = Field("items", pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    """Alias in Qdrant that names the collection of the live version; collections are called ALIAS__vNUMBER."""
+    model_dir: Path = Path("models")
+    """Directory of the published versions, shared with the retriever."""
+    keep_versions: int = Field(2, ge=1, le=100)
+    """Newest published versions kept, the live one among them, in Qdrant and in the model directory."""
+    publish_interval_seconds: float = Field(2.0, ge=0.05, le=3_600)
+    """Time between deltas: publishing the touched items into the live version, in seconds."""
+    first_publish_interval_seconds: float = Field(15.0, ge=0.05, le=86_400)
+    """Time from the first version to the second, in seconds; each further one takes twice as long as the one before, up
+    to full_publish_interval_seconds, because a young model moves fast."""
+    full_publish_interval_seconds: float = Field(60.0, ge=0.05, le=86_400)
+    """Longest time between new versions, in seconds; never less than four times what the last one took to publish."""
+    publish_batch_points: int = Field(500, ge=1, le=10_000)
+    """Points in one upsert."""
+    hnsw_from_items: int = Field(200_000, ge=0)
+    """From this many items on a version gets an HNSW graph; below, searches are exact."""
+    green_seconds: float = Field(300.0, gt=0, le=86_400)
+    """Longest time for Qdrant to index a new version before it is given up, in seconds."""
+    payload_indexes: dict[str, PayloadIndex] = Field(default_factory=dict)
+    """JSON object of payload fields that queries filter by: name → keyword, integer, float, bool or datetime."""
+    popularity_scale: float = Field(20.0, gt=0, le=1e6)
+    """The log-frequency dimension is divided by it, so that its range is that of the embedding's own."""
+    popularity_weight: float = Field(1.0, ge=0, le=100)
+    """Weight of the log frequency in the score when a request asks for popularity 1."""
+
+    features: str = ""
+    """Feature lists of the towers: path of a .json or .toml file, or JSON itself, as {"context": [{"name", "kind"} …],
+    "item": [{"name", "kind"} …]}; kinds are categorical, multi, text, number, item. Empty: ids alone."""
+    embedding_dim: int = Field(64, ge=1, le=4_096)
+    """Size of query and item embeddings."""
+    row_dim: int = Field(64, ge=1, le=4_096)
+    """Size of a row of the embedding tables."""
+    item_rows: int = Field(2**18, ge=2, le=2**31)
+    """Rows of the item table, a power of two."""
+    user_rows: int = Field(2**16, ge=2, le=2**31)
+    """Rows of the user table, a power of two; used with use_user_id."""
+    feature_rows: int = Field(2**17, ge=2, le=2**31)
+    """Rows of the table of feature values, a power of two."""
+    history_length: int = Field(20, ge=1, le=1_000)
+    """Newest items of a user's history that the query tower sees."""
+    history_decay: float = Field(0.8, gt=0, le=1)
+    """Weight of a history item relative to the next newer one; 1 is the plain mean."""
+    use_user_id: bool = False
+    """Whether the query tower has a row for each user."""
+    hidden: tuple[int, ...] = ()
+    """JSON list of the sizes of the towers' hidden layers; []: linear towers."""
+    temperature: float = Field(0.1, gt=0, le=10)
+    """Logits are cosines divided by it."""
+
+    correction: Literal["none", "logq"] = "none"
+    """Whether log q is subtracted from the logits in training. none: popularity comes from the live log frequency alone
+    (popularity_weight 1); logq: the paper's recipe (popularity_weight 0)."""
+    rows_per_step: int = Field(64, ge=1, le=1_000_000)
+    """Most clicks of one optimizer step; a micro-batch is cut into steps of equal size."""
+    recent_negatives: int = Field(192, ge=0, le=1_000_000)
+    """Further negatives of a step, drawn from the recent clicks."""
+    recent_window: int = Field(10_000, ge=1, le=100_000_000)
+    """How many of the newest clicks count as recent."""
+    mask_history: bool = True
+    """Whether items of a click's history are no negatives of it: right where they are not served to the user again."""
+    row_learning_rate: float = Field(0.1, gt=0, le=100)
+    """Adagrad's learning rate of the embedding tables."""
+    dense_learning_rate: float = Field(0.02, gt=0, le=100)
+    """Adagrad's learning rate of the layers."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the weights and of every random choice."""
+    num_threads: int = Field(1, ge=1, le=256)
+    """Threads that torch computes with."""
+    max_items: int = Field(1_000_000, ge=1_000, le=100_000_000)
+    """Most items in the catalogue; a sixteenth of them, those untouched for longest, make room when it is full."""
+    log_q_half_life_clicks: float = Field(5_000.0, gt=0, le=1e12)
+    """Half-life of an item's click count behind its log frequency, in clicks of all items."""
+    uniform_ratio: float = Field(0.02, gt=0, le=1)
+    """Share of clicks taken as spread evenly over all items: an item's log frequency is at least
+    log(uniform_ratio / number of items)."""
+    exclude_history: bool = True
+    """Whether, when the model is tested, items of the click's history are no candidates; a click on one is a miss."""
+    evaluation_rows: int = Field(32, ge=0, le=100_000)
+    """Clicks of each micro-batch, drawn at random, on which the model is tested before it learns them; 0: none."""
+    evaluation_window_clicks: int = Field(10_000, ge=1, le=100_000_000)
+    """Tested clicks that the running recall is taken over."""
+
+    metrics_host: str = Field("127.0.0.1", min_length=1)
+    """Address on which /metrics is served; 0.0.0.0 for every interface."""
+    metrics_port: int = Field(9102, ge=0, le=65_535)
+    """Port on which /metrics is served; 0: any free one, which the log line `listening` names."""
+
+    @field_validator("features")
+    @classmethod
+    def _read_features(cls, value: str) -> str:
+        """The feature lists as JSON, read from the file if it is one, so that nothing reads it a second time."""
+        text = value.strip()
+        if not text:
+            return ""
+        try:
+            if text.startswith("{"):
+                plain = json.loads(text)
+            elif text.endswith(".toml"):
+                plain = tomllib.loads(Path(text).read_text())
+            else:
+                plain = json.loads(Path(text).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"must be a readable .json or .toml file, or JSON itself: {error}") from error
+        if not isinstance(plain, dict) or not set(plain) <= {"context", "item"}:
+            raise ValueError('must be an object with "context" and "item" alone')
+        return json.dumps(plain, sort_keys=True)
+
+    @model_validator(mode="after")
+    def _intervals_fit(self) -> TrainerSettings:
+        if self.first_publish_interval_seconds > self.full_publish_interval_seconds:
+            raise ValueError("first_publish_interval_seconds must not be above full_publish_interval_seconds")
+        if reserved := {"item_id", "step"} & self.payload_indexes.keys():
+            raise ValueError(f"payload_indexes: {', '.join(sorted(reserved))} are indexed anyway; leave them out")
+        return self
+
+    def towers(self) -> dict[str, Any]:
+        """The towers' configuration as plain data, for `TowerConfig.from_dict`."""
+        names = (
+            "embedding_dim row_dim item_rows user_rows feature_rows history_length history_decay use_user_id hidden "
+            "temperature"
+        )
+        plain: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
+        plain.update(json.loads(self.features or "{}"))
+        return plain
+
+    def training(self) -> dict[str, Any]:
+        """How to learn, as plain data, for `TrainingConfig`."""
+        names = (
+            "correction rows_per_step recent_negatives recent_window mask_history row_learning_rate "
+            "dense_learning_rate seed"
+        )
+        return {name: getattr(self, name) for name in names.split()}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a checkpoint is bound to: with another value of one of them it means something else."""
+        names = ("topic_prefix", "log_q_half_life_clicks", "recent_window", "seed")
+        return {"towers": self.towers()} | {name: getattr(self, name) for name in names}
+
+
+def settings_hash(identity: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits that stand for these settings."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
