@@ -215,7 +215,14 @@ class Learner:
 
         for name, gradient in gradients.items():
             rows = gathered.rows.get(name.removeprefix("tables."))
-            _adagrad(self._weights[name], self._squares[name], gradient, squares[name], self._rate(name), rows)
+            weights, sums = self._weights[name], self._squares[name]
+            if rows is None:
+                _adagrad(weights, sums, gradient, squares[name], self._rate(name))
+            else:
+                few_weights, few_sums = learnt[name].detach(), sums.index_select(0, rows)
+                _adagrad(few_weights, few_sums, gradient, squares[name], self._rate(name))
+                weights.index_copy_(0, rows, few_weights)
+                sums.index_copy_(0, rows, few_sums)
         self.query_tower.scale.observe(clicks.query.numbers)
         self.item_tower.scale.observe(item.numbers[: len(clicks)])
         self._remember(clicks)
@@ -326,18 +333,7 @@ def _gather(tables: Tables, query: QueryInputs, item: ItemInputs) -> _Gathered:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _adagrad(
-    weight: Tensor, squares: Tensor, gradient: Tensor, square: Tensor, rate: float, rows: Tensor | None
-) -> None:
-    """Adagrad (Duchi et al. 2011) in place: of all of `weight`, or of its `rows`, each of which is given once.
-
-    squares ← squares + gradient²; weight ← weight − rate · gradient / (√squares + 1e-10).
-    """
-    if rows is None:
-        squares += square
-        weight.addcdiv_(gradient, squares.sqrt().add_(_EPSILON), value=-rate)
-    else:
-        squares_of_rows = squares.index_select(0, rows) + square
-        squares.index_copy_(0, rows, squares_of_rows)
-        step = gradient / squares_of_rows.sqrt_().add_(_EPSILON)
-        weight.index_add_(0, rows, step, alpha=-rate)
+def _adagrad(weights: Tensor, sums: Tensor, gradient: Tensor, square: Tensor, rate: float) -> None:
+    """Adagrad (Duchi et al. 2011) in place: sums += gradient²; weights −= rate · gradient / (√sums + 1e-10)."""
+    sums += square
+    weights.addcdiv_(gradient, sums.sqrt().add_(_EPSILON), value=-rate)

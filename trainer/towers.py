@@ -78,6 +78,8 @@ class NumberScale(nn.Module):  # type: ignore[misc]
 
     def observe(self, numbers: Tensor) -> None:
         """Counts a batch [n, numbers] into mean and variance; NaN is missing."""
+        if numbers.numel() == 0:
+            return
         values = numbers.double()
         there = ~torch.isnan(values)
         count = there.sum(0)
