@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import structlog
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 EXIT_DEPENDENCY = 69
 """A broker, index or other service did not answer within the deadline (EX_UNAVAILABLE)."""
@@ -38,6 +38,8 @@ class ConfigurationError(Exception):
 
 class KafkaSettings(BaseSettings):
     """How a service reaches Kafka; the base of the settings of each service that does."""
+
+    model_config = SettingsConfigDict(frozen=True, use_attribute_docstrings=True)
 
     kafka: str = Field("127.0.0.1:9092", min_length=1)
     """Bootstrap servers, HOST:PORT[,HOST:PORT …]."""
