@@ -71,7 +71,7 @@ def switch(client: QdrantClient, alias: str, collection: str) -> None:
     )
 
 
-@pytest.mark.parametrize("acknowledgements", [1, 40, 173])
+@pytest.mark.parametrize("acknowledgements", [1, 25, 90])
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path, acknowledgements: int) -> None:
     """A writer upserts, updates and switches an alias until the process is killed under it."""
     index = LocalIndex(tmp_path)

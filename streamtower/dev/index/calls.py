@@ -13,28 +13,12 @@ import msgspec
 import qdrant_edge as edge
 import structlog
 
-from streamtower.dev.index import queries, schema, updates
+from streamtower.dev.index import configuration, queries, schema, updates
 from streamtower.dev.index.errors import ApiError, format_error, from_engine, not_found, refused
 from streamtower.dev.index.filters import filter_of, point_id
 from streamtower.dev.index.storage import Collection, Storage
 
 log = structlog.get_logger()
-
-# What a new collection shows on a server, for the settings that the call did not give.
-_PARAMS = {"shard_number": 1, "replication_factor": 1, "write_consistency_factor": 1, "on_disk_payload": True}
-_HNSW = {"m": 16, "ef_construct": 100, "full_scan_threshold": 10000, "max_indexing_threads": 0, "on_disk": False}
-_OPTIMIZERS = {
-    "deleted_threshold": 0.2,
-    "vacuum_min_vector_number": 1000,
-    "default_segment_number": 0,
-    "max_segment_size": None,
-    "memmap_threshold": None,
-    "indexing_threshold": 10000,
-    "flush_interval_sec": 5,
-    "max_optimization_threads": None,
-    "prevent_unoptimized": None,
-}
-_WAL = {"wal_capacity_mb": 32, "wal_segments_ahead": 0, "wal_retain_closed": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,33 +79,16 @@ def delete_collection(storage: Storage, request: Request) -> Any:
 
 def collection_info(storage: Storage, request: Request) -> Any:
     collection = storage.collection(request.path["name"])
-    config, info = collection.config, collection.shard.info()
-    params = {"vectors": _given(config.get("vectors") or {})} | _PARAMS
-    params |= _given({name: config.get(name) for name in (*_PARAMS, "sparse_vectors")})
+    info = collection.shard.info()
     return {
         "status": "green",
         "optimizer_status": "ok",
         "indexed_vectors_count": info.indexed_vectors_count,
         "points_count": info.points_count,
         "segments_count": info.segments_count,
-        "config": {
-            "params": params | (config.get("params") or {}),
-            "hnsw_config": _HNSW | (config.get("hnsw_config") or {}),
-            "optimizer_config": _OPTIMIZERS | (config.get("optimizers_config") or {}),
-            "wal_config": _WAL | (config.get("wal_config") or {}),
-            "quantization_config": config.get("quantization_config"),
-        },
+        "config": configuration.shown(collection.config),
         "payload_schema": {name: _payload_index(index) for name, index in info.payload_schema.items()},
         "update_queue": {"length": 0},
-    }
-
-
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, down to the last level, without those that are null."""
-    return {
-        name: _given(value) if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if value is not None
     }
 
 

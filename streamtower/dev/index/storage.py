@@ -13,7 +13,7 @@ atomically. The engine writes each update to its write-ahead log first, so what 
 Not safe for threads and need not be: every engine call holds Python's global lock, so one thread does all the work, and
 a request sees all aliases and points as they are between two updates.
 
-Every search is exact and in full precision. The settings of HNSW, quantization, optimizers and shards are kept and
+Every search is exact, on the vectors themselves. The settings of HNSW, quantization, optimizers and shards are kept and
 shown but change nothing: the engine builds such indexes inside one call that stops everything else, for half a minute
 at 100,000 points, and its exact search takes about 3 ms there.
 """
@@ -33,31 +33,17 @@ from typing import Any
 import msgspec
 import qdrant_edge as edge
 
-from streamtower.dev.index import schema
+from streamtower.dev.index import configuration, schema
 from streamtower.dev.index.errors import (
     ApiError,
     StorageError,
     format_error,
-    invalid,
     is_panic,
     not_found,
-    refused,
     wrong_input,
 )
 
-MAX_VECTOR_SIZE = 65536
 _FORBIDDEN_IN_NAMES = '<>:"/\\|?*\0\x1f'
-_DISTANCES = {
-    "Cosine": edge.Distance.Cosine,
-    "Dot": edge.Distance.Dot,
-    "Euclid": edge.Distance.Euclid,
-    "Manhattan": edge.Distance.Manhattan,
-}
-_DATATYPES = {
-    "float32": edge.VectorStorageDatatype.Float32,
-    "float16": edge.VectorStorageDatatype.Float16,
-    "uint8": edge.VectorStorageDatatype.Uint8,
-}
 
 
 class Collection:
@@ -69,7 +55,7 @@ class Collection:
         self.config = config
         """The body of the call that created it, with later changes merged in."""
         self.shard = shard
-        dense = dense_vectors(config.get("vectors"))
+        dense = configuration.dense_vectors(config.get("vectors"))
         self.vector_sizes: dict[str, int] = {name: params.size for name, params in dense.items()}
         """Dense vectors; the unnamed one has the name ""."""
         self.sparse_vectors: frozenset[str] = frozenset(config.get("sparse_vectors") or {})
@@ -101,6 +87,9 @@ class Storage:
         StorageError: another process uses the directory, or what is in it cannot be read.
     """
 
+    aliases: dict[str, str]
+    """Collection of each alias."""
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._root = directory / "collections"
@@ -114,9 +103,12 @@ class Storage:
         except OSError:
             self._lock.close()
             raise StorageError(f"{directory} is used by another local index: end it or choose another one") from None
-        self._collections = {collection.name: collection for collection in map(_load, self._leftovers_removed())}
-        self.aliases = self._load_aliases()
-        """Collection of each alias."""
+        try:
+            self._collections = {collection.name: collection for collection in map(_load, self._leftovers_removed())}
+            self.aliases = self._load_aliases()
+        except StorageError:
+            self._lock.close()
+            raise
 
     @property
     def names(self) -> list[str]:
@@ -144,7 +136,7 @@ class Storage:
             ApiError: 400, 409 or 422; nothing was created.
         """
         checked_name(name)
-        engine_config = _engine_config(schema.decode(body, schema.CreateCollection))
+        engine_config = configuration.engine_config(schema.decode(body, schema.CreateCollection))
         if name in self._collections:
             raise ApiError(409, f"Wrong input: Collection `{name}` already exists!")
         if name in self.aliases:
@@ -165,17 +157,7 @@ class Storage:
         """
         collection = self.collection(name)
         changes = schema.decode(body, schema.ChangeCollection)
-        config = dict(collection.config)
-        for part in ("hnsw_config", "optimizers_config", "params", "quantization_config"):
-            settings = getattr(changes, part)
-            if isinstance(settings, dict):
-                config[part] = (config.get(part) or {}) | settings
-            elif settings is not None:  # quantization_config: "Disabled"
-                config[part] = None
-        for part in ("vectors", "sparse_vectors"):
-            for vector, settings in (getattr(changes, part) or {}).items():
-                config[part] = _changed_vector(config.get(part) or {}, vector, settings)
-        collection.config = config
+        collection.config = configuration.changed(collection.config, changes)
         _save(collection)
 
     def delete(self, name: str) -> bool:
@@ -248,35 +230,6 @@ class Storage:
         _write_json(self._directory / "aliases.json", self.aliases)
 
 
-def dense_vectors(vectors: dict[str, Any] | None) -> dict[str, schema.VectorParams]:
-    """The dense vectors of a collection by name; a single unnamed one has the name "".
-
-    Raises:
-        ApiError: 400 or 422.
-    """
-    vectors = vectors or {}
-    if "size" in vectors and not isinstance(vectors["size"], dict):
-        vectors = {"": vectors}
-    params = {name: schema.convert(value, schema.VectorParams) for name, value in vectors.items()}
-    for one in params.values():
-        if one.size > MAX_VECTOR_SIZE:
-            raise invalid(f"vectors.?.size: value {one.size} invalid, must be from 1 to {MAX_VECTOR_SIZE}")
-        if one.multivector_config is not None:
-            raise refused("multivectors")
-    return params
-
-
-def _changed_vector(vectors: dict[str, Any], name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of all vectors, with new settings for one of them; what points depend on stays."""
-    fixed = {"size", "distance", "datatype", "multivector_config"}
-    changed = {field: value for field, value in settings.items() if field not in fixed}
-    if not name and isinstance(vectors.get("size"), int):
-        return vectors | changed
-    if name not in vectors:
-        raise wrong_input(f"Not existing vector name error: {name}")
-    return vectors | {name: vectors[name] | changed}
-
-
 def checked_name(name: str) -> str:
     """The name of a collection or alias.
 
@@ -293,43 +246,6 @@ def checked_name(name: str) -> str:
     if not 1 <= len(name) <= 255:
         raise ApiError(422, "Validation error in path parameters: [collection_name: must be 1 to 255 characters long]")
     return name
-
-
-def _engine_config(body: schema.CreateCollection) -> edge.EdgeConfig:
-    if body.sharding_method not in (None, "auto"):
-        raise refused("custom sharding")
-    if body.init_from is not None:
-        raise refused("init_from")
-    if not body.vectors and not body.sparse_vectors:
-        raise refused("a collection without vectors")
-    vectors = {
-        name: edge.EdgeVectorParams(
-            size=params.size,
-            distance=_DISTANCES[params.distance],
-            on_disk=params.on_disk,
-            datatype=params.datatype and _DATATYPES[params.datatype],
-        )
-        for name, params in dense_vectors(body.vectors).items()
-    }
-    return edge.EdgeConfig(
-        vectors=vectors,
-        sparse_vectors={name: _sparse_params(params) for name, params in (body.sparse_vectors or {}).items()},
-        on_disk_payload=body.on_disk_payload,
-        # No graph, and no segments but the one that is written to: exact search, and updates in place.
-        hnsw_config=edge.HnswIndexConfig(m=0, ef_construct=100, full_scan_threshold=10000),
-        optimizers=edge.EdgeOptimizersConfig(indexing_threshold=0),
-        wal_enabled=True,
-    )
-
-
-def _sparse_params(params: schema.SparseVectorParams) -> edge.EdgeSparseVectorParams:
-    index = params.index or schema.SparseIndexParams()
-    return edge.EdgeSparseVectorParams(
-        full_scan_threshold=index.full_scan_threshold,
-        on_disk=index.on_disk,
-        datatype=index.datatype and _DATATYPES[index.datatype],
-        modifier=edge.Modifier.Idf if params.modifier == "idf" else None,
-    )
 
 
 def _load(path: Path) -> Collection:
