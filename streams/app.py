@@ -1,0 +1,21 @@
+"""The app for Faust's own command line: `faust -A streams.app worker --without-web`.
+
+Station: a door, and the one module that works when it is imported, because Faust's command line looks for an app in a
+module. `python -m streams` does not use it.
+"""
+
+from __future__ import annotations
+
+from streams.agent import create_app, serve_metrics, warm_up
+from streams.metrics import Metrics
+from streams.service import ConfigurationError, load_settings, refuse_to_start, set_up_logs
+from streams.settings import StreamsSettings
+
+try:
+    _settings, _metrics = load_settings(StreamsSettings), Metrics()
+    set_up_logs("streams")
+    serve_metrics(_settings, _metrics)
+except ConfigurationError as error:
+    refuse_to_start("streams", error)
+warm_up()
+app = create_app(_settings, _metrics)

@@ -1,0 +1,152 @@
+"""What streams asks of Kafka beside Faust: whether the topics are there, how long they are, and old clicks again.
+
+Station: beside the agent, over confluent-kafka, so that it sees the broker even where Faust's consumer has gone silent.
+It joins no consumer group and commits nothing. Every call blocks: threads only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import numpy as np
+from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from streams.contract import Int64Array, Topics
+from streams.service import ConfigurationError
+
+_POLL_SECONDS = 0.5
+_ANSWER_SECONDS = 5.0
+_READ_RECORDS = 10_000
+
+
+class DependencyError(Exception):
+    """Kafka did not do its part within the deadline: says what was asked, of whom, and for how long."""
+
+
+class ClicksOnBroker:
+    """The clicks topic as it lies on the broker.
+
+    `check_topics` and `bounds` are for one thread; `read` may run in several, each with a connection of its own.
+
+    Args:
+        config: confluent-kafka's, enough to connect.
+        topics: names.
+        group: whose committed offsets `committed` tells.
+        deadline_seconds: how long `check_topics` and `read` go on asking.
+    """
+
+    def __init__(self, config: dict[str, Any], topics: Topics, group: str, deadline_seconds: float) -> None:
+        self._config = config
+        self._reader_config = {
+            **config,
+            "group.id": group,
+            "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",
+            "isolation.level": "read_uncommitted",  # as Faust's consumer reads
+            "enable.partition.eof": True,
+        }
+        self._topics, self._deadline_seconds = topics, deadline_seconds
+        self._observer: Consumer | None = None
+
+    def check_topics(self) -> None:
+        """Waits for the broker and looks whether the topics can be used.
+
+        Raises:
+            DependencyError: nobody answered.
+            ConfigurationError: a topic is missing, or partitions do not match.
+        """
+        try:
+            found = AdminClient(self._config).list_topics(timeout=self._deadline_seconds).topics
+        except KafkaException as error:
+            raise DependencyError(
+                f"no answer from Kafka at {self._where} in {self._deadline_seconds:g} s: {error}"
+            ) from error
+        remedy = "create the topics with `streamtower topics`"
+        wanted = (self._topics.clicks, self._topics.micro_batches, self._topics.dead_letters)
+        sizes = {name: len(found[name].partitions) for name in wanted if name in found and not found[name].error}
+        problems = [f"topic {name!r} is missing on {self._where}; {remedy}" for name in wanted if name not in sizes]
+        if not problems:
+            for name in wanted[1:]:
+                if sizes[name] < sizes[wanted[0]]:
+                    problems.append(
+                        f"topic {name!r} has {sizes[name]} partitions, fewer than the {sizes[wanted[0]]} of "
+                        f"{wanted[0]!r}: what comes from a partition goes to the one of the same number; {remedy}"
+                    )
+        if problems:
+            raise ConfigurationError(problems)
+
+    def bounds(self, partitions: Collection[int]) -> dict[int, tuple[int, int, int | None]]:
+        """(first offset, end offset, committed offset or None) of each partition, fresh from the broker.
+
+        Raises:
+            DependencyError: the broker did not answer.
+        """
+        if not partitions:
+            return {}
+        observer = self._observer = self._observer or Consumer(self._reader_config)
+        try:
+            found = {}
+            asked = [TopicPartition(self._topics.clicks, partition) for partition in partitions]
+            for tp in observer.committed(asked, timeout=_ANSWER_SECONDS):
+                first, end = observer.get_watermark_offsets(tp, timeout=_ANSWER_SECONDS)
+                found[tp.partition] = first, end, None if tp.offset == OFFSET_INVALID else tp.offset
+            return found
+        except KafkaException as error:
+            raise DependencyError(f"no offsets from Kafka at {self._where}: {error}") from error
+
+    def close(self) -> None:
+        """Lets the connections go."""
+        if self._observer:
+            self._observer.close()
+            self._observer = None
+
+    def read(
+        self, partition: int, start: int, stop: int, cancelled: Callable[[], bool]
+    ) -> Iterator[tuple[list[bytes | None], Int64Array]]:
+        """The records of a partition with offsets in start … stop − 1, in order: values and offsets, some at a time.
+
+        What retention has deleted is passed over. Ends early, without a word, when `cancelled` says so.
+
+        Raises:
+            DependencyError: no record came for the length of the deadline.
+        """
+        if start >= stop:
+            return
+        consumer = Consumer(self._reader_config)
+        trouble: object = "no error was reported"
+        try:
+            consumer.assign([TopicPartition(self._topics.clicks, partition, start)])
+            heard = time.monotonic()
+            while not cancelled():
+                values: list[bytes | None] = []
+                offsets: list[int] = []
+                ended = False
+                for message in consumer.consume(_READ_RECORDS, _POLL_SECONDS):
+                    if error := message.error():
+                        ended = error.code() == KafkaError._PARTITION_EOF and message.offset() >= stop
+                        trouble = error
+                    elif message.offset() >= stop:
+                        ended = True
+                        break
+                    else:
+                        values.append(message.value())
+                        offsets.append(message.offset())
+                if values:
+                    heard = time.monotonic()
+                    yield values, np.array(offsets, np.int64)
+                if ended:
+                    return
+                if time.monotonic() - heard > self._deadline_seconds:
+                    raise DependencyError(
+                        f"no clicks of partition {partition} from offset {start} on came from Kafka at {self._where} "
+                        f"in {self._deadline_seconds:g} s: {trouble}"
+                    )
+        finally:
+            consumer.close()
+
+    @property
+    def _where(self) -> str:
+        return str(self._config["bootstrap.servers"])

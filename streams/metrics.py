@@ -1,0 +1,92 @@
+"""What streams measures; served at /metrics on a port of its own.
+
+Station: beside the data's way. Help texts are the formulas; docs/metrics.md is held against them. No label ever holds
+an id or a partition.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+from streams.batcher import CloseReason
+from streams.validate import Reason
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """All metrics of one process, on a registry of its own; every child exists from the start."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry = CollectorRegistry() if registry is None else registry
+        stem = "streamtower_streams_"
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(stem + name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(stem + name, text, registry=registry)
+
+        self.frequency_drift = gauge(
+            "frequency_drift_ratio",
+            "How far the item distribution has moved, 0 to 1: sqrt(distance^2 - noise^2), at least 0, where distance = "
+            "1/2 * sum over 4096 hashed buckets of |share of recent clicks - share of older clicks| (total variation), "
+            "both shares decayed exponentially and averaged over this process's partitions.",
+        )
+        self.frequency_drift_noise = gauge(
+            "frequency_drift_noise_ratio",
+            "The total variation distance that sampling alone would give if the item distribution had not moved.",
+        )
+        self.clicks = counter(
+            "clicks_total", "Records taken from the clicks topic, accepted or not; delivered again: counted again."
+        )
+        self.dead_letters = counter(
+            "dead_letters_total", "Records rejected and written to the dead-letter topic, by reason.", "reason"
+        )
+        self.micro_batches = counter(
+            "micro_batches_total",
+            "Micro-batches acknowledged by the broker, by what closed them: size = an offset that is a multiple of the "
+            "batch size; age = the wait of the oldest click.",
+            "closed_by",
+        )
+        self.rows = counter("micro_batch_rows_total", "Accepted clicks in acknowledged micro-batches.")
+        self.bytes = counter("micro_batch_bytes_total", "Bytes of acknowledged micro-batches, before compression.")
+        self.processing_seconds = Histogram(
+            stem + "processing_seconds",
+            "Seconds from taking up a chunk of clicks to the acknowledgement of the last micro-batch and dead letter "
+            "that it completed.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.send_seconds = Histogram(
+            stem + "send_seconds",
+            "Seconds from handing a micro-batch to the producer to the broker's acknowledgement.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.consumer_lag = gauge(
+            "consumer_lag_messages",
+            "Clicks in Kafka that are in no acknowledged micro-batch: end offset - next offset to pass on, summed over "
+            "this process's partitions, as of the broker's last answer.",
+        )
+        self.kafka_up = gauge("kafka_up", "1 if Kafka answered the last request for the end offsets, else 0.")
+        self.partitions = gauge("partitions", "Partitions of the clicks topic that this process owns.")
+        self.commits = counter("commits_total", "Commits of clicks' offsets that the broker took.")
+        self.replays = counter(
+            "replays_total",
+            "Times that a partition's state was brought up to its first click by replaying earlier ones.",
+        )
+        self.replayed_clicks = counter("replayed_clicks_total", "Records read for replays.")
+        self.replaying = gauge("replaying_partitions", "Partitions whose state is being replayed now.")
+        self.estimator_occupied = gauge(
+            "estimator_occupied_ratio",
+            "Buckets of the frequency estimator that were ever hit / all buckets, the fullest partition's; far above "
+            "one half, items collide often.",
+        )
+        self.history_users = gauge("history_users", "Users whose history is held, summed over partitions.")
+        self.ready = gauge("ready", "1 while this process has its partitions assigned, else 0.")
+        for reason in Reason:
+            self.dead_letters.labels(reason.value)
+        for close_reason in CloseReason:
+            self.micro_batches.labels(close_reason.value)

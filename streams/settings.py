@@ -1,0 +1,89 @@
+"""Settings of streams, all from environment variables STREAMTOWER_STREAMS_*.
+
+Station: read once at start, through `streams.service.load_settings`; nothing else here reads the environment.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from streams.service import KafkaSettings
+from streams.state import StateConfig
+
+
+class StreamsSettings(KafkaSettings):
+    """How clicks are validated, counted and cut into micro-batches, and how the service behaves on Kafka."""
+
+    model_config = SettingsConfigDict(env_prefix="STREAMTOWER_STREAMS_", frozen=True, use_attribute_docstrings=True)
+
+    consumer_group: str = Field("streamtower-streams", pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    """Consumer group, put behind the topic prefix; workers of one group share the partitions."""
+
+    batch_size: int = Field(256, ge=1, le=65_536)
+    """A micro-batch closes at source offsets that are multiples of this."""
+    batch_age_seconds: float = Field(0.25, ge=0.001, le=60)
+    """A micro-batch also closes when its oldest click has waited so long, in seconds."""
+    max_micro_batch_bytes: int = Field(3_670_016, ge=131_072, le=104_857_600)
+    """A longer micro-batch is sent in halves, in bytes; must stay below max.message.bytes of the topic."""
+
+    max_click_bytes: int = Field(65_536, ge=256, le=131_072)
+    """Longer clicks become dead letters, in bytes."""
+    max_rejected_ratio: float = Field(0.5, gt=0, le=1)
+    """If more than this share of the last `rejected_window_clicks` became dead letters, the service stops; 1: never."""
+    rejected_window_clicks: int = Field(10_000, ge=100, le=100_000_000)
+    """Clicks over which the share of dead letters is taken; before so many came, nothing is judged."""
+
+    estimator_mode: Literal["click", "batch"] = "click"
+    """click: counts gaps in clicks, which gives shares of clicks. batch: the paper's, counts gaps in micro-batches."""
+    num_buckets: int = Field(2**18, ge=2, le=2**30)
+    """Buckets of the frequency estimator for each hash, a power of two; several times the number of live items."""
+    num_hashes: int = Field(4, ge=1, le=16)
+    """Hashes of the frequency estimator."""
+    alpha: float = Field(0.01, gt=0, le=1)
+    """Rate of the frequency estimator: it remembers about an item's last 1 / alpha gaps."""
+    history_length: int = Field(20, ge=1, le=255)
+    """Items in a user's history."""
+    history_users: int = Field(2**18, ge=1, le=2**26)
+    """Users of one partition whose history is kept, those who clicked last; 8 · history_length + 28 bytes each."""
+    drift_fast_clicks: float = Field(5_000, ge=1, le=1e9)
+    """Window of the newer of the two item distributions that the drift compares, in clicks of a partition."""
+    drift_slow_clicks: float = Field(50_000, ge=1, le=1e9)
+    """Window of the older one; longer."""
+
+    dependency_deadline_seconds: float = Field(60.0, ge=1, le=3_600)
+    """The service ends if Kafka has not answered, or no click could be passed on, for so long, in seconds."""
+    session_timeout_seconds: float = Field(6.0, ge=1, le=300)
+    """A worker unheard of for so long loses its partitions, in seconds; the broker may set bounds."""
+    commit_interval_seconds: float = Field(1.0, ge=0.05, le=60)
+    """How often offsets are committed, in seconds; at most so much is delivered again after a crash."""
+    max_clicks_in_flight: int = Field(100_000, ge=1_000, le=10_000_000)
+    """Nothing more is fetched while so many clicks are on their way through the service."""
+
+    metrics_host: str = Field("127.0.0.1", min_length=1)
+    """Address that /metrics listens on; 0.0.0.0 for every interface."""
+    metrics_port: int = Field(9101, ge=0, le=65_535)
+    """Port of /metrics; 0: any free one, which the log line `listening` names."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StreamsSettings:
+        if self.num_buckets & (self.num_buckets - 1):
+            raise ValueError("num_buckets must be a power of two, such as 262144")
+        if self.drift_fast_clicks >= self.drift_slow_clicks:
+            raise ValueError("drift_fast_clicks must be less than drift_slow_clicks")
+        return self
+
+    def state_config(self) -> StateConfig:
+        """The part that a partition's state is made from."""
+        return StateConfig(
+            num_buckets=self.num_buckets,
+            num_hashes=self.num_hashes,
+            alpha=self.alpha,
+            mode=self.estimator_mode,
+            max_users=self.history_users,
+            history_length=self.history_length,
+            drift_fast_clicks=self.drift_fast_clicks,
+            drift_slow_clicks=self.drift_slow_clicks,
+        )

@@ -1,0 +1,117 @@
+"""Looks at the partitions from outside: measures lag and drift, and notices when the chain stands still.
+
+Station: beside the agent. Faust's consumer can go silent without an error; so the end of the topic is asked from the
+broker over another connection, and if clicks wait there and none is passed on, the process ends and is started anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import structlog
+
+from streams.broker import ClicksOnBroker, DependencyError
+from streams.drift import frequency_drift
+from streams.metrics import Metrics
+from streams.state import PartitionState
+
+MEASURE_SECONDS = 1.0
+LOOK_EVERY = 5
+"""The broker is asked at each so many measurements."""
+
+log = structlog.get_logger("streams")
+
+
+class Watched(Protocol):
+    """One partition, as far as it is looked at."""
+
+    state: PartitionState | None
+    is_replaying: bool
+
+    @property
+    def position(self) -> int | None: ...
+
+
+class WatchedPartitions(Protocol):
+    """All of them. `owned` are this process's; a worker exists from the first chunk on."""
+
+    owned: set[int]
+
+    @property
+    def workers(self) -> Mapping[int, Watched]: ...
+
+
+class Watcher:
+    """Keeps the gauges fresh; fails when the broker or the way of the clicks is dead for the length of the deadline."""
+
+    def __init__(
+        self,
+        partitions: WatchedPartitions,
+        clicks_on_broker: ClicksOnBroker,
+        metrics: Metrics,
+        deadline_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._partitions, self._clicks_on_broker, self._metrics = partitions, clicks_on_broker, metrics
+        self._deadline_seconds, self._clock = deadline_seconds, clock
+        self._answered_at = self._moved_at = clock()
+        self._positions: dict[int, int] = {}
+
+    async def run(self) -> None:
+        """Looks until cancelled.
+
+        Raises:
+            DependencyError: Kafka did not answer, or clicks waited and none was passed on, for the deadline.
+        """
+        turn = 0
+        while True:
+            self.measure()
+            if turn % LOOK_EVERY == 0:
+                await self.look()
+            turn += 1
+            await asyncio.sleep(MEASURE_SECONDS)
+
+    def measure(self) -> None:
+        """Sets the gauges that need no broker."""
+        workers = list(self._partitions.workers.values())
+        states = [worker.state for worker in workers if worker.state]
+        drift = frequency_drift([state.drift for state in states])
+        self._metrics.frequency_drift.set(drift.corrected)
+        self._metrics.frequency_drift_noise.set(drift.noise)
+        self._metrics.estimator_occupied.set(max((state.estimator.occupied_ratio for state in states), default=0.0))
+        self._metrics.history_users.set(sum(len(state.histories) for state in states))
+        self._metrics.replaying.set(sum(worker.is_replaying for worker in workers))
+
+    async def look(self) -> None:
+        """Asks the broker how far the topic goes, and compares."""
+        owned = sorted(self._partitions.owned)
+        try:
+            bounds = await asyncio.to_thread(self._clicks_on_broker.bounds, owned)
+        except DependencyError:
+            self._metrics.kafka_up.set(0)
+            if self._clock() - self._answered_at > self._deadline_seconds:
+                raise
+            return
+        now = self._answered_at = self._clock()
+        self._metrics.kafka_up.set(1)
+        positions, lag = {}, 0
+        for partition, (first, end, committed) in bounds.items():
+            worker = self._partitions.workers.get(partition)
+            position = worker.position if worker else None
+            if position is None:
+                position = first if committed is None else committed
+            positions[partition] = position
+            lag += max(0, end - max(position, first))
+        self._metrics.consumer_lag.set(lag)
+        is_replaying = any(worker.is_replaying for worker in self._partitions.workers.values())
+        if lag == 0 or is_replaying or positions != self._positions:
+            if positions != self._positions:
+                log.info("progress", lag=lag, positions=positions)
+            self._moved_at, self._positions = now, positions
+        elif now - self._moved_at > self._deadline_seconds:
+            raise DependencyError(
+                f"{lag} clicks wait in Kafka at {positions}, and none was passed on for {self._deadline_seconds:g} s"
+            )
