@@ -14,12 +14,20 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from retriever.metrics import ROUTES, Metrics
+from retriever.metrics import Metrics
 from retriever.problems import ProblemError, problem_response
 
 GUARDED = "/v1/"
 """Paths under it want a key (where keys are set) and count as in flight; probes and metrics are open."""
 
+_ROUTE_OF_PATH = {
+    "/v1/candidates": "candidates",
+    "/v1/version": "version",
+    "/healthz": "alive",
+    "/readyz": "ready",
+    "/metrics": "metrics",
+    "/openapi.json": "openapi",
+}
 _DRAINED_BODIES = 16
 """A body that is too large is read and thrown away up to so many times the limit, then the connection is closed."""
 
@@ -75,8 +83,7 @@ class Gate:
             status = 499
         finally:
             self._count(guarded, -1)
-            name = getattr(scope.get("route"), "name", "other")
-            route = name if name in ROUTES else "other"
+            route = _route_of(scope["path"])
             self._metrics.requests.labels(route, f"{status // 100}xx").inc()
             if route == "candidates" and status == 200:
                 self._metrics.request_seconds.labels("whole").observe(time.perf_counter() - started)
@@ -123,6 +130,13 @@ class Gate:
         if max(size, declared) > self._max_body_bytes:
             raise ProblemError("body-too-large", f"a body may have {self._max_body_bytes} bytes at most")
         return bytes(body)
+
+
+def _route_of(path: str) -> str:
+    """The label of `metrics.ROUTES` for a path, whether or not the request comes as far as its route."""
+    if path.startswith("/v1/users/") and path.endswith("/history"):
+        return "history"
+    return _ROUTE_OF_PATH.get(path, "other")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

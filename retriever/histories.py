@@ -8,6 +8,7 @@ looked at, and there is no state to restore.
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections import OrderedDict
@@ -109,7 +110,8 @@ class HistoryFollower:
         self._newest_click = 0.0
         self._up: bool | None = None
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="histories", daemon=True)
+        in_context = contextvars.copy_context().run  # its log lines name the service, as all others
+        self._thread = threading.Thread(target=in_context, args=(self._run,), name="histories", daemon=True)
         self.caught_up = threading.Event()
         """Set once every partition has been read to its end since the start."""
 

@@ -110,14 +110,14 @@ class Retriever:
         return self._versions.served
 
     async def _with_version(self, work: Callable[[ServedVersion], Awaitable[ResultT]]) -> ResultT:
-        """Work on the served version; once more where its collection has just been removed for a newer one's sake."""
+        """Work on the served version; anew where its collection was removed for a newer one's sake meanwhile."""
         served = self._served()
-        try:
-            return await work(served)
-        except CollectionGone:
-            await self._versions.refresh(stale=served)
-        newer = self._served()
-        try:
-            return await work(newer)
-        except CollectionGone as error:
-            raise IndexUnavailable(f"collection {newer.collection!r} is gone: {self._versions.problem}") from error
+        while True:
+            try:
+                return await work(served)
+            except CollectionGone as error:
+                await self._versions.refresh(stale=served)
+                newer = self._served()
+                if newer is served:
+                    raise IndexUnavailable(f"{served.collection!r} is gone: {self._versions.problem}") from error
+                served = newer

@@ -174,10 +174,12 @@ class Index:
                         return await call()
                     except ResponseHandlingException as error:
                         if isinstance(error.source, ValidationError):
-                            raise  # an answer that this client does not understand will not get better
+                            raise IndexUnavailable("what answers is not Qdrant, or of another version") from error
                         reason = f"{type(error.source).__name__}: {error.source}".rstrip(": ")
                     except (UnexpectedResponse, ResourceExhaustedResponse) as error:
                         reason = _raise_unless_it_may_pass(error)
+                    except ValueError as error:
+                        raise IndexUnavailable("what answers is not Qdrant: its answer is not JSON") from error
                     self._metrics.qdrant_retries.inc()
                     await asyncio.sleep(pause)
                     pause *= 2

@@ -63,23 +63,20 @@ def create_app(
     )
     _add_error_handlers(app)
 
-    @app.post(
-        "/v1/candidates", name="candidates", response_model=CandidatesAnswer, responses=_problems(*_BODY, 422, 503)
-    )
+    @app.post("/v1/candidates", response_model=CandidatesAnswer, responses=_problems(*_BODY, 422, 503))
     async def candidates(request: CandidatesRequest) -> Response:
         """The best items for a user, by id, by history, or both."""
         answer = await retriever.candidates(request)
         hidden = None if request.with_payload else {"candidates": {"__all__": {"payload"}}}
         return Response(answer.model_dump_json(exclude=hidden), media_type=_JSON)
 
-    @app.get("/v1/version", name="version", response_model=VersionAnswer, responses=_problems(503))
+    @app.get("/v1/version", response_model=VersionAnswer, responses=_problems(503))
     async def version() -> VersionAnswer:
         """The version that is served now."""
         return retriever.version()
 
     @app.get(
         "/v1/users/{user_id:path}/history",
-        name="history",
         response_model=HistoryAnswer,
         responses=_problems(422, 503),
     )
@@ -87,24 +84,24 @@ def create_app(
         """The items that a user clicked last, as followed from the stream."""
         return await retriever.history(user_id)
 
-    @app.get("/healthz", name="alive", response_model=StatusAnswer)
+    @app.get("/healthz", response_model=StatusAnswer)
     async def alive() -> StatusAnswer:
         """Whether the process answers at all."""
         return StatusAnswer(status="alive")
 
-    @app.get("/readyz", name="ready", response_model=StatusAnswer, responses=_problems(503))
+    @app.get("/readyz", response_model=StatusAnswer, responses=_problems(503))
     async def ready() -> StatusAnswer:
         """Whether candidates can be had: a version is served and Qdrant answers."""
         if (reason := not_ready()) is not None:
             raise ProblemError("not-ready", reason)
         return StatusAnswer(status="ready")
 
-    @app.get("/metrics", name="metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def prometheus() -> Response:
         """What Prometheus scrapes."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/openapi.json", name="openapi", response_class=Response, responses={200: {"content": {_JSON: {}}}})
+    @app.get("/openapi.json", response_class=Response, responses={200: {"content": {_JSON: {}}}})
     async def openapi() -> Response:
         """This document."""
         return Response(document, media_type=_JSON)

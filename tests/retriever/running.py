@@ -131,6 +131,9 @@ class Wire:
         self._server: asyncio.Server | None = None
         self._relays: set[asyncio.Task[None]] = set()
         self._port = 0
+        self.num_connections = 0
+        self.heads = 0
+        """Requests with a head that asked for an answer as it is, not compressed."""
         self.join()
 
     @property
@@ -166,14 +169,18 @@ class Wire:
             relay.cancel()
         await asyncio.gather(*self._relays, return_exceptions=True)
 
+    def _look_at(self, data: bytes) -> None:
+        self.heads += data.lower().count(b"\r\naccept-encoding: identity\r\n")
+
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._relays.add(task)
+        self.num_connections += 1
         try:
             there_reader, there_writer = await asyncio.open_connection(*self._target)
             try:
-                pumps = [_pump(reader, there_writer), _pump(there_reader, writer)]
+                pumps = [_pump(reader, there_writer, self._look_at), _pump(there_reader, writer, lambda _: None)]
                 await asyncio.wait([asyncio.ensure_future(p) for p in pumps], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 there_writer.close()
@@ -184,9 +191,10 @@ class Wire:
             self._relays.discard(task)
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, look_at: Callable[[bytes], None]) -> None:
     try:
         while data := await reader.read(65_536):
+            look_at(data)
             writer.write(data)
             await writer.drain()
     except OSError:

@@ -116,6 +116,16 @@ def test_the_payload_comes_where_it_is_asked_for(retriever: Running, published: 
         assert candidate["payload"] == {"parity": "odd" if number % 2 else "even", "n": number}
 
 
+def test_qdrant_is_asked_over_kept_connections_for_plain_answers(
+    retriever: Running, published: Published, wire: Wire
+) -> None:
+    heads, connections = wire.heads, wire.num_connections
+    for _ in range(20):
+        retriever.ask(history=[])
+    assert wire.heads >= heads + 20
+    assert wire.num_connections <= connections + 2
+
+
 def test_a_cold_user_is_answered_by_popularity(retriever: Running, published: Published) -> None:
     answer = retriever.ask(user_id="nobody has seen me")
     assert_ranked(answer, published.best(10, user_id="nobody has seen me"))

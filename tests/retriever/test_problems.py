@@ -15,7 +15,10 @@ from retriever.contract import CandidatesRequest, Problem
 from retriever.problems import KINDS
 from retriever.settings import RetrieverSettings
 from tests.retriever.published import Published
-from tests.retriever.running import Running, running
+from tests.retriever.running import Running, running, wait_until
+
+# The Qdrant client looks for the server's version in a thread of its own, and says so when nobody answers.
+pytestmark = pytest.mark.filterwarnings("ignore:Failed to obtain server version:UserWarning")
 
 DEAD = "http://127.0.0.1:9"
 """Nothing listens there: these requests must be refused before Qdrant is asked."""
@@ -31,7 +34,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         body_timeout_seconds=0.3,
         search_timeout_seconds=0.1,
     )
-    with pytest.warns(UserWarning, match="Failed to obtain server version"), running(settings) as made:
+    with running(settings) as made:
         yield made
 
 
@@ -163,6 +166,20 @@ def test_a_body_that_never_comes_is_given_up(small: Running) -> None:
     assert b"urn:streamtower:problem:body-timeout" in answer
 
 
+def test_more_requests_at_once_than_allowed_are_turned_away(tmp_path: Path) -> None:
+    settings = RetrieverSettings(qdrant=DEAD, model_dir=tmp_path, max_in_flight=1, search_timeout_seconds=0.1)
+    with running(settings) as busy:
+        with socket.create_connection(("127.0.0.1", busy.http.base_url.port or 0), timeout=10) as connection:
+            connection.sendall(b"POST /v1/candidates HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n{")
+            wait_until(lambda: busy.value("requests_in_flight") == 1, "one is under way")
+            status, slug, _ = told(busy, json={"user_id": "u"})
+            assert (status, slug) == (503, "overloaded")
+            assert busy.http.get("/healthz").status_code == 200
+        wait_until(lambda: busy.value("requests_in_flight") == 0, "its caller hung up")
+        assert told(busy, json={"user_id": "u"})[:2] == (503, "not-ready")
+        assert busy.value("requests_total", route="candidates", code="4xx") == 1  # the one that hung up
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "slug"),
     [
@@ -195,7 +212,7 @@ def test_only_one_of_the_keys_opens(tmp_path: Path) -> None:
     settings = RetrieverSettings(
         qdrant=DEAD, model_dir=tmp_path, api_keys=tuple(map(SecretStr, keys)), search_timeout_seconds=0.1
     )
-    with pytest.warns(UserWarning, match="Failed to obtain server version"), running(settings) as guarded:
+    with running(settings) as guarded:
         for given in (None, "Bearer", "Bearer first-key-of-the-servic", f"Basic {keys[0]}", keys[0], "Bearer ü"):
             headers = {} if given is None else {"authorization": given.encode()}
             answer = guarded.http.get("/v1/version", headers=headers)
