@@ -278,7 +278,7 @@ def demo(
 
     console = Console(stderr=True)
     if directory is not None and directory.exists() and any(directory.iterdir()):
-        raise typer.BadParameter(f"{directory} is not empty")
+        _fail(f"{directory} is not empty: --dir must be new, so that no two runs mix", EXIT_USAGE)
     kinds = dict(_name_and_value(pair, "--kind") for pair in kind or [])
     with _exit_codes():
         with _preparing(console) as progress:

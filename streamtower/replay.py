@@ -1,4 +1,4 @@
-"""Replays a data set's clicks as if they happened now, evenly at a given rate.
+"""Replays clicks as if they happened now, evenly at a given rate.
 
 Station: between a data set and the producer. It says how many clicks it has sent and which items were clicked most.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from streams.contract import ClickEvent
-from streamtower.datasets.clicks import Dataset
+from streamtower.datasets.clicks import Clicks
 from streamtower.producer import ClickProducer, DeliveryError
 
 TICK_SECONDS = 0.01
@@ -53,8 +53,13 @@ class Replay:
     The only user of its producer between the two.
     """
 
-    def __init__(self, dataset: Dataset, producer: ClickProducer, rate: float) -> None:
-        self._dataset = dataset
+    def __init__(self, pieces: Iterator[Clicks], producer: ClickProducer, rate: float) -> None:
+        """
+        Args:
+            pieces: the clicks; a replay that is stopped has taken no piece that it did not begin.
+            rate: clicks a second, > 0.
+        """
+        self._pieces = pieces
         self._producer = producer
         self._rate = rate
         self._stop = threading.Event()
@@ -98,7 +103,7 @@ class Replay:
             self.error = error
 
     def _events(self) -> Iterator[ClickEvent]:
-        for piece in self._dataset.clicks():
+        for piece in self._pieces:
             for event in piece.events():
                 self.item_counts[event.item_id] += 1
                 yield event

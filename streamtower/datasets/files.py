@@ -209,19 +209,29 @@ def _seconds(column: pa.ChunkedArray, name: str, path: Path) -> npt.NDArray[np.f
         if pa.types.is_date(array.type):
             array = array.cast(pa.timestamp("ms"))
         if pa.types.is_timestamp(array.type):
-            ticks: npt.NDArray[np.float64] = (
-                array.cast(pa.int64()).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-            )
-            return np.divide(ticks, {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[array.type.unit])
+            return _divided(array.cast(pa.int64()), {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[array.type.unit])
+        if pa.types.is_integer(array.type):
+            largest = max(abs(bound.as_py() or 0) for bound in pc.min_max(array).values())
+            return _divided(array.cast(pa.int64()), _per_second(largest))
         seconds: npt.NDArray[np.float64] = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     except pa.ArrowException as error:
         raise DatasetError(
             f"{path}: column {name} holds no times (seconds since the epoch, or 2026-01-31T12:00:00Z): {error}"
         ) from error
-    # 1e11 seconds is the year 5138, and 1e11 milliseconds 1973: no unit is mistaken for its neighbour.
-    largest = float(np.nanmax(np.abs(seconds), initial=0.0))
-    per_second = next((scale for limit, scale in ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3)) if largest >= limit), 1.0)
-    return np.divide(seconds, per_second)
+    return np.divide(seconds, _per_second(float(np.nanmax(np.abs(seconds), initial=0.0))))
+
+
+def _per_second(largest: float) -> int:
+    """The unit in which a number stands for a time: 1e11 seconds are the year 5138, 1e11 milliseconds 1973."""
+    return next((per for limit, per in ((1e17, 10**9), (1e14, 10**6), (1e11, 10**3)) if largest >= limit), 1)
+
+
+def _divided(ticks: pa.Int64Array, per_second: int) -> npt.NDArray[np.float64]:
+    """Seconds [n], NaN for null; whole seconds and the rest apart, as a double cannot hold nanoseconds of today."""
+    whole, rest = np.divmod(pc.fill_null(ticks, 0).to_numpy(), per_second)
+    seconds: npt.NDArray[np.float64] = whole + rest / per_second
+    seconds[ticks.is_null().to_numpy(zero_copy_only=False)] = np.nan
+    return seconds
 
 
 def _items(table: pa.Table, columns: Columns, path: Path) -> tuple[list[ItemEvent], dict[str, str]]:
