@@ -119,7 +119,8 @@ class Prequential:
         excluded = (
             _excluded(history_values, history_offsets) if self.exclude_history else np.zeros((0, 2), dtype=np.int64)
         )
-        bias = np.where(popularity > -np.inf, self.popularity_weight * popularity, popularity).astype(np.float32)
+        bias = popularity.astype(np.float32)
+        bias[bias > -np.inf] *= self.popularity_weight  # also 0 · −inf is −inf: no candidate
         queries = (query_embedding / self.temperature).astype(np.float32)
         result = Ranks(
             rank=expected_ranks(queries, item_embedding, bias, target, excluded),

@@ -199,7 +199,7 @@ class Learner:
         item_embedding = self.item_tower(gathered.item, gathered.tables)
         loss = in_batch_softmax_loss(
             query_embedding @ item_embedding.T / self.config.temperature,
-            torch.from_numpy(clicks.reward),
+            torch.tensor(clicks.reward),
             log_q,
             candidate_mask(candidates, len(clicks), *histories),
         )

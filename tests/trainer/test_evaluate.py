@@ -1,0 +1,166 @@
+"""Ranks and recall against a slow reference by value."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import trainer.evaluate
+from trainer.evaluate import Prequential, Ranks, expected_ranks, popularity_ranks
+
+
+def slow_rank(scores: list[float], target: int, excluded: set[int]) -> float:
+    """Mean rank of the target over all orders of equal scores, one item after the other."""
+    if target < 0 or target in excluded or scores[target] == -math.inf:
+        return math.inf
+    better = equal = 0
+    for item, score in enumerate(scores):
+        if item != target and item not in excluded:
+            better += score > scores[target]
+            equal += score == scores[target]
+    return 1 + better + equal / 2
+
+
+# Small integers: every product is exact in float32, and ties abound.
+small = st.integers(-2, 2)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict[str, np.ndarray]:
+    num_items, dim = draw(st.integers(1, 12)), draw(st.integers(1, 3))
+    num_rows = draw(st.integers(1, 8))
+    number = st.integers(-1, num_items - 1)
+    histories = draw(st.lists(st.lists(number, max_size=6), min_size=num_rows, max_size=num_rows))
+    popularity = draw(st.lists(st.sampled_from([-math.inf, -2.0, -1.0, 0.0]), min_size=num_items, max_size=num_items))
+
+    def matrix(rows: int) -> np.ndarray:
+        values = draw(st.lists(small, min_size=rows * dim, max_size=rows * dim))
+        return np.array(values, dtype=np.float32).reshape(rows, dim)
+
+    return {
+        "query_embedding": matrix(num_rows),
+        "item_embedding": matrix(num_items),
+        "popularity": np.array(popularity, dtype=np.float32),
+        "target": np.array(draw(st.lists(number, min_size=num_rows, max_size=num_rows)), dtype=np.int64),
+        "history_values": np.array([item for history in histories for item in history], dtype=np.int64),
+        "history_offsets": np.cumsum([0, *map(len, histories)]),
+    }
+
+
+def slow_ranks(batch: dict[str, np.ndarray], weight: float, exclude: bool) -> tuple[list[float], list[float]]:
+    ranks, popularity_ranks = [], []
+    popularity = batch["popularity"].tolist()
+    for row, target in enumerate(batch["target"].tolist()):
+        history = batch["history_values"][batch["history_offsets"][row] : batch["history_offsets"][row + 1]]
+        excluded = set(history.tolist()) - {-1} if exclude else set()
+        affinity = batch["item_embedding"] @ batch["query_embedding"][row] / 0.5
+        scores = [
+            value + weight * log_q if log_q > -math.inf else -math.inf
+            for value, log_q in zip(affinity.tolist(), popularity, strict=True)
+        ]
+        ranks.append(slow_rank(scores, target, excluded))
+        popularity_ranks.append(slow_rank(popularity, target, excluded))
+    return ranks, popularity_ranks
+
+
+@settings(deadline=None, max_examples=200)
+@given(batch=batches(), weight=st.sampled_from([0.0, 1.0, 2.0]), exclude=st.booleans(), at_once=st.integers(1, 40))
+def test_ranks_are_those_of_the_slow_reference(
+    batch: dict[str, np.ndarray], weight: float, exclude: bool, at_once: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.evaluate, "_SCORES_AT_ONCE", at_once)
+        result = Prequential(0.5, weight, exclude_history=exclude).observe(**batch)
+    ranks, by_popularity = slow_ranks(batch, weight, exclude)
+    assert result.rank.tolist() == ranks
+    assert result.popularity_rank.tolist() == by_popularity
+
+
+def test_equal_scores_count_by_their_expected_rank() -> None:
+    """A model that gives every item the same score is no better than chance."""
+    zeros, nothing = np.zeros((100, 4), dtype=np.float32), np.zeros((0, 2), dtype=np.int64)
+    ranks = expected_ranks(zeros, zeros, np.zeros(100, np.float32), np.arange(100), nothing)
+    assert ranks.tolist() == [50.5] * 100
+    assert popularity_ranks(np.zeros(100, np.float32), np.arange(100), nothing).tolist() == [50.5] * 100
+    assert Ranks(ranks, ranks).recall(10) == 0.0
+
+
+def batch_of(num_items: int, target: list[int], seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        "query_embedding": random.normal(size=(len(target), 3)).astype(np.float32),
+        "item_embedding": random.normal(size=(num_items, 3)).astype(np.float32),
+        "popularity": random.normal(size=num_items).astype(np.float32),
+        "target": np.array(target, dtype=np.int64),
+        "history_values": random.integers(-1, num_items, 2 * len(target)),
+        "history_offsets": 2 * np.arange(len(target) + 1),
+    }
+
+
+def test_an_item_that_is_not_known_is_a_miss_and_lowers_the_ceiling() -> None:
+    evaluation = Prequential(0.1, exclude_history=False)
+    ranks = evaluation.observe(**batch_of(20, [3, -1, 7, -1], seed=0))
+    assert np.isinf(ranks.rank).tolist() == [False, True, False, True]
+    assert np.isinf(ranks.popularity_rank).tolist() == [False, True, False, True]
+    assert evaluation.recall(100) == evaluation.popularity_recall(100) == evaluation.ceiling() == ranks.ceiling() == 0.5
+
+
+def test_with_no_items_at_all_every_click_is_a_miss() -> None:
+    batch = batch_of(1, [-1, -1], seed=0) | {
+        "item_embedding": np.zeros((0, 3), np.float32),
+        "popularity": np.zeros(0, np.float32),
+        "history_values": np.full(4, -1),
+    }
+    ranks = Prequential(0.1).observe(**batch)
+    assert np.all(np.isinf(ranks.rank))
+    assert np.all(np.isinf(ranks.popularity_rank))
+
+
+def test_recall_over_all_and_over_the_window_is_that_of_the_ranks() -> None:
+    evaluation = Prequential(0.1, ks=(1, 5), window=10)
+    random = np.random.default_rng(1)
+    seen = []
+    for seed, num_rows in enumerate([3, 7, 4, 25, 2]):
+        seen.append(evaluation.observe(**batch_of(30, random.integers(-1, 30, num_rows).tolist(), seed)))
+        rank, popularity_rank = (
+            np.concatenate([getattr(ranks, name) for ranks in seen]) for name in ("rank", "popularity_rank")
+        )
+        for k in (1, 5):
+            assert evaluation.recall(k) == np.mean(rank <= k)
+            assert evaluation.popularity_recall(k) == np.mean(popularity_rank <= k)
+            assert evaluation.window().recall(k) == np.mean(rank[-10:] <= k)
+            assert evaluation.window().popularity_recall(k) == np.mean(popularity_rank[-10:] <= k)
+        assert evaluation.ceiling() == np.mean(np.isfinite(rank))
+        assert evaluation.window().ceiling() == np.mean(np.isfinite(rank[-10:]))
+        assert evaluation.num_evaluated == len(rank)
+
+
+def test_before_the_first_click_nothing_is_claimed() -> None:
+    evaluation = Prequential(0.1)
+    assert np.isnan(
+        [evaluation.recall(10), evaluation.popularity_recall(10), evaluation.ceiling(), evaluation.window().recall(10)]
+    ).all()
+
+
+def test_a_drawn_part_of_the_rows_has_the_ranks_that_they_have_among_all() -> None:
+    batch = batch_of(40, list(range(40)), seed=3) | {
+        "history_values": (np.repeat(np.arange(40), 2) + np.tile([1, 2], 40)) % 40  # never the target itself
+    }
+    every = Prequential(0.1).observe(**batch)
+    drawn, again = (Prequential(0.1, rows_per_batch=15, seed=5).observe(**batch) for _ in range(2))
+    pairs = list(zip(every.rank.tolist(), every.popularity_rank.tolist(), strict=True))
+    places = [pairs.index(pair) for pair in zip(drawn.rank.tolist(), drawn.popularity_rank.tolist(), strict=True)]
+    assert len(set(pairs)) == 40
+    assert len(set(places)) == 15
+    assert places == sorted(places)
+    assert again.rank.tolist() == drawn.rank.tolist()
+
+
+@pytest.mark.parametrize("wrong", [{"ks": ()}, {"ks": (0,)}, {"window": 0}, {"rows_per_batch": 0}])
+def test_a_setting_that_means_nothing_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Prequential(0.1, **wrong)  # type: ignore[arg-type]
