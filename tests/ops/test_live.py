@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,7 @@ AT_ONCE = {
     "RetrieverBehind",
     "VersionNotLoaded",
 }
-"""Alerts that a minute is long enough for to see something wrong."""
+"""Alerts for which a minute is long enough to see something wrong."""
 RULES = yaml.safe_load((Path(__file__).parents[2] / "ops" / "prometheus" / "rules.yml").read_text())
 SELECTORS = sorted(
     {
@@ -91,13 +90,13 @@ def live(
             stack.wait_ready("streams")
             stack.wait_ready("trainer")
             prometheus.scrape({job: httpx.URL(url).netloc.decode() for job, url in urls.items()})
-            _send(kafka, topics, dataset)
+            _send(kafka, topics, dataset, prometheus)
             prometheus.wait(
                 f"streamtower_trainer_clicks_learnt_total >= {NUM_CLICKS}"
                 " and on () streamtower_retriever_model_version > 1",
                 timeout_seconds=WAIT_SECONDS,
             )
-            _ask(stack.retriever)
+            _ask(stack.retriever, prometheus)
             prometheus.wait(
                 'streamtower_retriever_requests_total{route="candidates",code="4xx"} >= 5'
                 " and on () streamtower_trainer_checkpoint_seconds_count > 0"
@@ -110,8 +109,8 @@ def live(
             yield Live(prometheus, urls)
 
 
-def _send(kafka: str, topics: Topics, dataset: Any) -> None:
-    """Everything, a part at a time, so that counters are seen to rise between two scrapes."""
+def _send(kafka: str, topics: Topics, dataset: Any, prometheus: Prometheus) -> None:
+    """Everything, a part at a time, each after the one before was seen, so that rates have something to rise over."""
     from streamtower.producer import ClickProducer
 
     with ClickProducer({"bootstrap.servers": kafka}, topics) as producer:
@@ -120,20 +119,21 @@ def _send(kafka: str, topics: Topics, dataset: Any) -> None:
         for number, event in enumerate(event for piece in dataset.clicks() for event in piece.events()):
             producer.produce(event)
             if number % 1_000 == 999:
-                time.sleep(0.5)  # two scrapes
+                producer.flush()
+                prometheus.wait(f"streamtower_streams_clicks_total > {number}")
     raw = Producer({"bootstrap.servers": kafka})
     for key, value in BAD_CLICKS.items():
         raw.produce(topics.clicks, value, key)
     assert raw.flush(30) == 0
 
 
-def _ask(retriever: str) -> None:
-    """Requests of every kind; spread out, so that they are seen to rise."""
+def _ask(retriever: str, prometheus: Prometheus) -> None:
+    """Requests of every kind, several rounds, each after the one before was seen."""
     for number in range(5):
         for body in ({"user_id": f"user-{number}", "k": 10}, {"history": ["item-1"], "k": 10}, {"user_id": "nobody"}):
             assert httpx.post(f"{retriever}/v1/candidates", json=body, timeout=30).status_code == 200
         assert 400 <= httpx.post(f"{retriever}/v1/candidates", json={"k": -1}, timeout=30).status_code < 500
-        time.sleep(0.3)
+        prometheus.wait(f'sum(streamtower_retriever_requests_total{{route="candidates"}}) > {4 * number + 3}')
 
 
 QUERIES = [
@@ -146,8 +146,7 @@ QUERIES = [
 
 @pytest.mark.parametrize(("legend", "expression"), QUERIES)
 def test_every_query_of_the_dashboard_has_an_answer(live: Live, legend: str, expression: str) -> None:
-    found = live.prometheus.query(expression.replace(RATE_INTERVAL, WINDOW))
-    assert found
+    found = live.prometheus.wait(expression.replace(RATE_INTERVAL, WINDOW))
     values = [float(series["value"][1]) for series in found]
     assert all(math.isfinite(value) for value in values), found
     for label in [part.split("}}")[0] for part in legend.split("{{")[1:]]:
@@ -159,13 +158,13 @@ def test_every_query_of_the_dashboard_has_an_answer(live: Live, legend: str, exp
     [query for query in QUERIES if not QUIET & {str(query.id), str(query.id).split(": ")[0]}],
 )
 def test_every_query_moves_when_clicks_run_through(live: Live, legend: str, expression: str) -> None:
-    found = live.prometheus.query(expression.replace(RATE_INTERVAL, WINDOW))
+    found = live.prometheus.wait(expression.replace(RATE_INTERVAL, WINDOW))
     assert any(float(series["value"][1]) > 0 for series in found), found
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_every_series_that_a_rule_asks_for_is_there(live: Live, selector: str) -> None:
-    assert live.prometheus.query(selector)
+    assert live.prometheus.wait(selector)
 
 
 @pytest.mark.parametrize(
@@ -174,11 +173,11 @@ def test_every_series_that_a_rule_asks_for_is_there(live: Live, selector: str) -
     ids=lambda rule: rule["alert"],
 )
 def test_no_alert_fires_while_all_is_well(live: Live, rule: dict[str, Any]) -> None:
-    assert live.prometheus.query(rule["expr"]) == []
+    live.prometheus.wait(rule["expr"], lambda found: found == [])
 
 
 def test_all_dead_letters_are_counted_by_their_reason(live: Live) -> None:
-    found = live.prometheus.query("streamtower_streams_dead_letters_total > 0")
+    found = live.prometheus.wait("streamtower_streams_dead_letters_total > 0")
     assert sum(float(series["value"][1]) for series in found) == len(BAD_CLICKS)
     assert {series["metric"]["reason"] for series in found} >= {"null_value", "not_json"}
 
