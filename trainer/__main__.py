@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -59,6 +60,7 @@ def main() -> None:
     try:
         settings = load_settings(TrainerSettings)
         set_up_logs("trainer")
+        logging.captureWarnings(True)
         _tune(settings.num_threads)
         code = _run(settings, stop)
     except ConfigurationError as error:
@@ -135,7 +137,13 @@ def build(settings: TrainerSettings, metrics: Metrics) -> Loop:
     except OSError as error:
         raise ConfigurationError([f"STREAMTOWER_TRAINER_MODEL_DIR: cannot be written to: {error}"]) from error
     identity = settings.identity()
-    checkpoints = Checkpoints(settings.checkpoint_dir, identity, metrics, keep=settings.keep_checkpoints)
+    checkpoints = Checkpoints(
+        settings.checkpoint_dir,
+        identity,
+        metrics,
+        keep=settings.keep_checkpoints,
+        interval_seconds=settings.checkpoint_interval_seconds,
+    )
     catalogue = Catalogue(
         ItemFeatures(config),
         embedding_dim=config.embedding_dim,
@@ -184,7 +192,6 @@ def build(settings: TrainerSettings, metrics: Metrics) -> Loop:
         publisher=Publisher(rollout, catalogue, learner, progress, metrics, stopping=stopping),
         progress=progress,
         metrics=metrics,
-        checkpoint_interval_seconds=settings.checkpoint_interval_seconds,
     )
 
 

@@ -107,7 +107,9 @@ class Checkpoints:
         metrics: Metrics,
         *,
         keep: int = 3,
+        interval_seconds: float = 30.0,
         clock: Callable[[], float] = time.time,
+        rising: Callable[[], float] = time.monotonic,
     ) -> None:
         """Makes the directory and locks it.
 
@@ -115,7 +117,9 @@ class Checkpoints:
             directory: the checkpoints' own.
             identity: settings that a checkpoint is bound to, as JSON can hold them.
             keep: newest checkpoints that stay, ≥ 1.
+            interval_seconds: time between checkpoints, for `due`.
             clock: seconds since the epoch.
+            rising: seconds that never go back.
 
         Raises:
             CheckpointError: it cannot be written to, or another process uses it.
@@ -124,7 +128,8 @@ class Checkpoints:
         self._identity = msgspec.json.decode(msgspec.json.encode(identity))
         self._metrics = metrics
         self._keep = keep
-        self._clock = clock
+        self._clock, self._rising = clock, rising
+        self._interval, self._last = interval_seconds, rising()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._written: Progress | None = None
@@ -173,6 +178,11 @@ class Checkpoints:
             )
         return None
 
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint and the one before is written."""
+        return self._thread is None and self._rising() >= self._last + self._interval
+
     def save(self, progress: Progress, learner: Mapping[str, Tensor], catalogue: Mapping[str, Any]) -> bool:
         """Copies what it gets and writes it in the background; False if the one before is still being written.
 
@@ -189,7 +199,7 @@ class Checkpoints:
             {name: tensor.clone() for name, tensor in learner.items()},
             catalogue,
         )
-        taken = self._clock()
+        taken, self._last = self._clock(), self._rising()
 
         def write() -> None:
             try:

@@ -7,8 +7,6 @@ everything fits together, and there copies are taken for checkpoints and publish
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,14 +38,11 @@ class Loop:
     publisher: Publisher
     progress: Progress
     metrics: Metrics
-    checkpoint_interval_seconds: float = 30.0
-    rising: Callable[[], float] = time.monotonic
 
     def run(self, stop: threading.Event) -> None:
         """The story, until told to stop or the source is at its end. Ends with a checkpoint of all that was learnt."""
         self.source.start(self.progress.positions)
         self.catalogue.embed(np.arange(len(self.catalogue)), self.learner.embed_items)
-        self._checkpoint_due = self.rising() + self.checkpoint_interval_seconds
         log.info("ready", clicks_learnt=self.progress.clicks_learnt, items=self.catalogue.num_items)
         poll = Poll()
         while not (stop.is_set() or poll.ended):
@@ -61,7 +56,6 @@ class Loop:
                 if stop.is_set():
                     break
             self._keep_up(poll, 0)
-        self._report(0, now=True)
         self.publisher.close()
         self.checkpoints.collect(wait=True)
         self._save()
@@ -109,25 +103,21 @@ class Loop:
 
     def _evaluate(self, batch: MicroBatch, query: QueryInputs) -> None:
         if self.evaluation is not None and self.catalogue.num_items:
-            embedding, popularity = self.catalogue.embedding, self.catalogue.popularity()
+            queries, items = self.learner.embed_queries(query), self.catalogue.embedding
             target, histories = self.catalogue.find(batch.item_hash), self.catalogue.find(batch.history_values)
-            query_embedding = self.learner.embed_queries(query)
-            self.evaluation.observe(query_embedding, embedding, popularity, target, histories, batch.history_offsets)
+            popularity, offsets = self.catalogue.popularity(), batch.history_offsets
+            self.evaluation.observe(queries, items, popularity, target, histories, offsets)
 
     def _keep_up(self, poll: Poll, in_hand: int) -> None:
         with self.metrics.stage("checkpoint"):
             if written := self.checkpoints.collect():
                 self.source.show_positions(written.positions.micro_batches)
-            if self.rising() >= self._checkpoint_due and self._save():
-                self._checkpoint_due = self.rising() + self.checkpoint_interval_seconds
+            if self.checkpoints.due:
+                self._save()
         with self.metrics.stage("publish"):
             if not poll.loading:
                 self.publisher.advance()
-        self._report(in_hand)
+        self.metrics.report(self.catalogue, self.progress, self.evaluation, self.source.lag() + in_hand)
 
-    def _report(self, in_hand: int, now: bool = False) -> None:
-        lag = self.source.lag
-        self.metrics.report(self.catalogue, self.progress, self.evaluation, lambda: lag() + in_hand, now=now)
-
-    def _save(self) -> bool:
-        return self.checkpoints.save(self.progress, self.learner.state_dict(), self.catalogue.state_dict())
+    def _save(self) -> None:
+        self.checkpoints.save(self.progress, self.learner.state_dict(), self.catalogue.state_dict())

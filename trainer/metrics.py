@@ -36,8 +36,6 @@ SERVABLE_SECONDS = tuple(sorted({5.0, 10.0} | {round(0.01 * 1.25**k, 6) for k in
 """Edges of the freshness histogram: 10 ms to 6 minutes in steps of a quarter, and the objectives 5 s and 10 s."""
 LOSSES = 100
 """Micro-batches that the loss is a mean over."""
-REPORT_SECONDS = 0.5
-"""Time between two looks at what is too dear to look at for each micro-batch."""
 
 
 class SecondsHistogram(Collector):
@@ -188,7 +186,7 @@ class Metrics:
         self.stage_seconds = counter("stage_seconds_total", "Seconds that the loop spent, by what it did.", "stage")
         self._newest, self._evaluated = 0.0, 0
         self._losses: deque[float] = deque(maxlen=LOSSES)
-        self._rising, self._report_due = rising, -math.inf
+        self._rising = rising
         for kind in PUBLISH_KINDS:
             for metric in (self.items_published, self.publish_seconds, self.publish_failures):
                 metric.labels(kind)
@@ -220,15 +218,10 @@ class Metrics:
         catalogue: Catalogue,
         progress: Progress,
         evaluation: Prequential | None,
-        lag: Callable[[], int],
-        *,
-        now: bool = False,
+        lag: int,
     ) -> None:
-        """Sets the gauges from the state, every `REPORT_SECONDS` at most unless `now`. Recall is NaN without tests."""
-        if not now and self._rising() < self._report_due:
-            return
-        self._report_due = self._rising() + REPORT_SECONDS
-        self.consumer_lag.set(lag())
+        """Sets the gauges from the state; `lag` in micro-batches. Recall is 0 before the first test."""
+        self.consumer_lag.set(lag)
         self.learnt_timestamp.set(self._newest)
         if self._losses:
             self.loss.set(math.fsum(self._losses) / len(self._losses))

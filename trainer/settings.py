@@ -107,7 +107,9 @@ class TrainerSettings(KafkaSettings):
     mask_history: bool = True
     """Whether items of a click's history are no negatives of it: right where they are not served to the user again."""
     row_learning_rate: float = Field(0.1, gt=0, le=100)
-    """Adagrad's learning rate of the embedding tables."""
+    """Adagrad's learning rate of the rows of items and features."""
+    user_learning_rate: float = Field(0.03, gt=0, le=100)
+    """Adagrad's learning rate of the rows of users: a fast one makes a user's row out of its last click."""
     dense_learning_rate: float = Field(0.02, gt=0, le=100)
     """Adagrad's learning rate of the layers."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -123,9 +125,9 @@ class TrainerSettings(KafkaSettings):
     log(uniform_ratio / number of items)."""
     exclude_history: bool = True
     """Whether, when the model is tested, items of the click's history are no candidates; a click on one is a miss."""
-    evaluation_rows: int = Field(32, ge=0, le=100_000)
+    evaluation_rows: int = Field(16, ge=0, le=100_000)
     """Clicks of each micro-batch, drawn at random, on which the model is tested before it learns them; 0: none."""
-    evaluation_window_clicks: int = Field(10_000, ge=1, le=100_000_000)
+    evaluation_window_clicks: int = Field(5_000, ge=1, le=100_000)
     """Tested clicks that the running recall is taken over."""
 
     metrics_host: str = Field("127.0.0.1", min_length=1)
@@ -175,7 +177,7 @@ class TrainerSettings(KafkaSettings):
         """How to learn, as plain data, for `TrainingConfig`."""
         names = (
             "correction rows_per_step recent_negatives recent_window mask_history row_learning_rate "
-            "dense_learning_rate seed"
+            "user_learning_rate dense_learning_rate seed"
         )
         return {name: getattr(self, name) for name in names.split()}
 

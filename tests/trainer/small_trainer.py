@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from streams.contract import MicroBatch
 from tests.trainer.list_source import ListSource
 from trainer.catalogue import Catalogue
@@ -62,8 +60,7 @@ class Trainer:
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
-        torch.set_num_threads(1)
-        self.checkpoints = Checkpoints(self.directory, IDENTITY, self.metrics)
+        self.checkpoints = Checkpoints(self.directory, IDENTITY, self.metrics, interval_seconds=self.interval)
         self.catalogue = Catalogue(
             ItemFeatures(CONFIG), embedding_dim=CONFIG.embedding_dim, half_life_clicks=100, max_items=self.max_items
         )
@@ -88,7 +85,6 @@ class Trainer:
             self.publisher,
             self.progress,
             self.metrics,
-            checkpoint_interval_seconds=self.interval,
         ).run(stop or threading.Event())
         self.checkpoints.close()
 

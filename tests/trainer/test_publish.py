@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-import torch
 from qdrant_client import QdrantClient, models
 
 from streams.contract import hash_id, hash_ids
@@ -69,7 +68,6 @@ class Publishing:
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        torch.set_num_threads(1)
         self.client: QdrantClient = new_client(self.url, None, 10)
         stopping = threading.Event()
         self.index = self.index_class(self.client, self.alias, attempts=self.attempts, stopping=stopping)
