@@ -193,3 +193,10 @@ def test_a_torn_file_is_refused(length: int, tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         load_query_tower(tmp_path / "nowhere", FULL)
+
+
+def test_a_user_who_never_clicked_is_as_good_as_none() -> None:
+    tower, _ = build_towers(FULL, seed=10)
+    history, offsets = hash_ids(["a", "b"]), np.array([0, 2])
+    somebody, nobody = (query_inputs(FULL, user, history, offsets) for user in (hash_ids(["new"]), None))
+    torch.testing.assert_close(tower(somebody), tower(nobody))
