@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(StreamsSettings)
         set_up_logs("streams")
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # Faust makes loops of its own, in threads
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
         metrics = Metrics()
+        app = create_app(settings, metrics)
         serve_metrics(settings, metrics)
         topics = Topics(settings.topic_prefix)
         ClicksOnBroker(
@@ -55,10 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.critical("dependency away", exit_code=EXIT_DEPENDENCY, reason=str(error))
         return EXIT_DEPENDENCY
     warm_up()
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # Faust makes loops of its own, in threads
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    app = create_app(settings, metrics)
     worker = app.Worker(loop=loop, quiet=True, override_logging=False, redirect_stdouts=False)
     worker.spinner = None
     try:

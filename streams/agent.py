@@ -43,7 +43,11 @@ log = structlog.get_logger("streams")
 
 
 def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> ChunkApp:
-    """The app, ready for `faust worker` or a Worker of one's own. Touches no network before it is started."""
+    """The app, ready for `faust worker` or a Worker of one's own. Touches no network before it is started.
+
+    Raises:
+        ConfigurationError: settings that cannot work together.
+    """
     metrics = metrics or Metrics()
     topics = Topics(settings.topic_prefix)
     group = settings.topic_prefix + settings.consumer_group
@@ -148,12 +152,17 @@ class _CommitCounter(faust.Monitor):  # type: ignore[misc]
 
 def _credentials(settings: StreamsSettings) -> faust.types.CredentialsT | None:
     protocol = settings.kafka_security_protocol
-    context = ssl.create_default_context(cafile=settings.kafka_ca_file) if protocol.endswith("SSL") else None
+    try:
+        context = ssl.create_default_context(cafile=settings.kafka_ca_file) if protocol.endswith("SSL") else None
+    except OSError as error:
+        raise ConfigurationError([f"kafka_ca_file {settings.kafka_ca_file!r} cannot be read: {error}"]) from error
     if protocol.startswith("SASL"):
         password = settings.kafka_password
+        if not settings.kafka_username or not password:
+            raise ConfigurationError([f"{protocol} needs kafka_username and kafka_password"])
         return faust.SASLCredentials(
             username=settings.kafka_username,
-            password=password.get_secret_value() if password else None,
+            password=password.get_secret_value(),
             mechanism=settings.kafka_sasl_mechanism,
             ssl_context=context,
         )

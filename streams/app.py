@@ -14,8 +14,8 @@ from streams.settings import StreamsSettings
 try:
     _settings, _metrics = load_settings(StreamsSettings), Metrics()
     set_up_logs("streams")
+    app = create_app(_settings, _metrics)
     serve_metrics(_settings, _metrics)
 except ConfigurationError as error:
     refuse_to_start("streams", error)
 warm_up()
-app = create_app(_settings, _metrics)

@@ -1,0 +1,105 @@
+"""Settings of streams: what is refused, and that everything reaches its place."""
+
+from __future__ import annotations
+
+import pytest
+
+from streams.__main__ import _settings_help, main
+from streams.agent import _credentials
+from streams.service import EXIT_CONFIGURATION, ConfigurationError, load_settings
+from streams.settings import StreamsSettings
+from streams.state import PartitionState, StateConfig
+
+
+def problems(monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[str]:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"STREAMTOWER_STREAMS_{name.upper()}", value)
+    with pytest.raises(ConfigurationError) as raised:
+        load_settings(StreamsSettings)
+    return raised.value.problems
+
+
+def test_the_defaults_stand_and_make_a_state() -> None:
+    settings = load_settings(StreamsSettings)
+    assert settings.state_config() == StateConfig()
+    PartitionState(settings.state_config())
+
+
+def test_every_problem_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = problems(monkeypatch, batch_size="0", alpha="much", batchsize="3")
+    assert len(found) == 3
+    for name in ("BATCHSIZE", "BATCH_SIZE", "ALPHA"):
+        assert any(problem.startswith(f"STREAMTOWER_STREAMS_{name}:") for problem in found), name
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"num_buckets": "1000"}, "num_buckets must be a power of two"),
+        ({"drift_fast_clicks": "500", "drift_slow_clicks": "500"}, "drift_fast_clicks must be less"),
+        ({"max_rejected_ratio": "0"}, "MAX_REJECTED_RATIO"),
+        ({"topic_prefix": "a b"}, "TOPIC_PREFIX"),
+        ({"kafka_security_protocol": "TLS"}, "KAFKA_SECURITY_PROTOCOL"),
+    ],
+)
+def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str) -> None:
+    (problem,) = problems(monkeypatch, **variables)
+    assert message in problem
+
+
+def test_the_command_refuses_to_start_and_lists_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STREAMTOWER_STREAMS_BATCH_SIZE", "none")
+    monkeypatch.setenv("STREAMTOWER_STREAMS_HISTORY_LENGTH", "0")
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == EXIT_CONFIGURATION
+    printed = capsys.readouterr().err
+    assert "STREAMTOWER_STREAMS_BATCH_SIZE" in printed
+    assert "STREAMTOWER_STREAMS_HISTORY_LENGTH" in printed
+
+
+def test_the_help_names_every_setting_with_its_meaning_and_default() -> None:
+    printed = _settings_help()
+    for name, field in StreamsSettings.model_fields.items():
+        assert f"STREAMTOWER_STREAMS_{name.upper()} (default: " in printed
+        assert field.description
+        assert field.description in printed
+
+
+def test_kafka_is_reached_in_the_clear_unless_told_otherwise() -> None:
+    assert _credentials(StreamsSettings()) is None
+
+
+@pytest.mark.parametrize("protocol", ["SASL_PLAINTEXT", "SASL_SSL"])
+def test_a_password_reaches_faust_and_stays_out_of_what_is_printed(protocol: str) -> None:
+    settings = StreamsSettings(
+        kafka_security_protocol=protocol,  # type: ignore[arg-type]
+        kafka_sasl_mechanism="SCRAM-SHA-512",
+        kafka_username="app",
+        kafka_password="hidden-word",  # type: ignore[arg-type]
+    )
+    credentials = _credentials(settings)
+    assert (credentials.username, credentials.password) == ("app", "hidden-word")
+    assert (credentials.protocol.value, credentials.mechanism.value) == (protocol, "SCRAM-SHA-512")
+    assert (credentials.ssl_context is not None) == (protocol == "SASL_SSL")
+    assert "hidden-word" not in repr(settings) + repr(credentials)
+
+
+def test_a_certificate_is_checked_against_the_broker() -> None:
+    credentials = _credentials(StreamsSettings(kafka_security_protocol="SSL"))
+    assert credentials.protocol.value == "SSL"
+    assert credentials.context.check_hostname
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kafka_security_protocol": "SSL", "kafka_ca_file": "/nowhere/ca.pem"}, "kafka_ca_file '/nowhere/ca.pem'"),
+        ({"kafka_security_protocol": "SASL_SSL"}, "SASL_SSL needs kafka_username and kafka_password"),
+    ],
+)
+def test_credentials_that_cannot_work_are_a_problem_of_configuration(values: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        _credentials(StreamsSettings(**values))  # type: ignore[arg-type]

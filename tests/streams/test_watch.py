@@ -1,0 +1,140 @@
+"""What the watcher measures, and when it says that the chain stands still."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from streams.broker import DependencyError
+from streams.contract import hash_ids
+from streams.metrics import Metrics
+from streams.state import PartitionState, StateConfig
+from streams.watch import Watcher
+from tests.streams.stand_ins import Clock
+
+Bounds = dict[int, tuple[int, int, int | None]]
+
+
+@dataclass
+class Worker:
+    position: int | None = None
+    state: PartitionState | None = None
+    is_replaying: bool = False
+
+
+@dataclass
+class Partitions:
+    owned: set[int] = field(default_factory=lambda: {0, 1})
+    workers: dict[int, Worker] = field(default_factory=dict)
+
+
+class Broker:
+    """Tells the bounds that it is given; an error is raised."""
+
+    def __init__(self) -> None:
+        self.answer: Bounds | DependencyError = {0: (0, 0, None), 1: (0, 0, None)}
+
+    def bounds(self, partitions: Collection[int]) -> Bounds:
+        if isinstance(self.answer, DependencyError):
+            raise self.answer
+        return {partition: self.answer[partition] for partition in partitions}
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.partitions, self.broker, self.metrics, self.clock = Partitions(), Broker(), Metrics(), Clock()
+        self.watcher = Watcher(self.partitions, self.broker, self.metrics, 60.0, self.clock)  # type: ignore[arg-type]
+
+    def look(self, seconds_later: float = 0.0) -> None:
+        self.clock.now += seconds_later
+        asyncio.run(self.watcher.look())
+
+    def gauge(self, name: str) -> float:
+        value = self.metrics.registry.get_sample_value(f"streamtower_streams_{name}")
+        assert value is not None
+        return value
+
+
+def test_the_lag_is_what_lies_behind_the_last_acknowledged_micro_batch() -> None:
+    bench = Bench()
+    bench.partitions.workers = {0: Worker(position=40)}
+    bench.broker.answer = {0: (0, 100, 10), 1: (0, 7, None), 2: (0, 9, 9)}
+    bench.look()
+    assert bench.gauge("consumer_lag_messages") == 60 + 7
+    bench.partitions.owned = {1, 2}
+    bench.look()
+    assert bench.gauge("consumer_lag_messages") == 7
+
+
+def test_clicks_that_retention_has_deleted_are_no_lag() -> None:
+    bench = Bench()
+    bench.broker.answer = {0: (80, 100, 10), 1: (5, 5, None)}
+    bench.look()
+    assert bench.gauge("consumer_lag_messages") == 20
+
+
+def test_when_clicks_wait_and_none_is_passed_on_for_the_deadline_it_fails() -> None:
+    bench = Bench()
+    bench.partitions.workers = {0: Worker(position=40)}
+    bench.broker.answer = {0: (0, 100, 10), 1: (0, 0, None)}
+    bench.look()
+    bench.look(60)
+    with pytest.raises(DependencyError, match=r"60 clicks wait .*\{0: 40, 1: 0\}.* for 60 s"):
+        bench.look(1)
+
+
+def test_progress_replays_and_empty_topics_are_no_standstill() -> None:
+    bench = Bench()
+    bench.partitions.workers = {0: (worker := Worker(position=40))}
+    bench.broker.answer = {0: (0, 100, 10), 1: (0, 0, None)}
+    bench.look()
+    worker.position = 41
+    bench.look(59)
+    bench.look(59)
+    worker.is_replaying = True
+    bench.look(100)
+    worker.is_replaying = False
+    bench.look(59)
+    bench.broker.answer = {0: (0, 41, 41), 1: (0, 0, None)}
+    bench.look(100)
+    bench.look(100)
+
+
+def test_a_broker_that_does_not_answer_is_waited_for_until_the_deadline() -> None:
+    bench = Bench()
+    bench.look()
+    assert bench.gauge("kafka_up") == 1
+    bench.broker.answer = DependencyError("away")
+    bench.look(30)
+    assert bench.gauge("kafka_up") == 0
+    bench.broker.answer = {0: (0, 0, None), 1: (0, 0, None)}
+    bench.look(30)
+    assert bench.gauge("kafka_up") == 1
+    bench.broker.answer = DependencyError("away")
+    bench.look(60)
+    with pytest.raises(DependencyError, match="away"):
+        bench.look(1)
+
+
+def test_gauges_sum_up_the_partitions_states() -> None:
+    bench = Bench()
+    config = StateConfig(num_buckets=16, num_hashes=1, max_users=10, drift_fast_clicks=10, drift_slow_clicks=100)
+    states = [PartitionState(config) for _ in range(2)]
+    items = hash_ids(["a", "b"])
+    for state, num_users in zip(states, (2, 3), strict=True):
+        users = hash_ids([str(n) for n in range(num_users)])
+        state.histories.join(users, users)
+        state.estimator.update(items[:1])
+        state.drift.update(np.repeat(items, [1_000, 20]))
+    bench.partitions.workers = {n: Worker(state=state) for n, state in enumerate(states)}
+    bench.partitions.workers[2] = Worker(is_replaying=True)
+    bench.watcher.measure()
+    assert bench.gauge("history_users") == 5
+    assert bench.gauge("estimator_occupied_ratio") == 1 / 16
+    assert bench.gauge("replaying_partitions") == 1
+    assert bench.gauge("frequency_drift_ratio") == pytest.approx(np.exp(-0.2) - np.exp(-2), abs=0.03)
+    assert 0 < bench.gauge("frequency_drift_noise_ratio") < 0.2
