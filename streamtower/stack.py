@@ -188,11 +188,9 @@ class Stack:
             self._tell(f"port {wished} is taken: the {what} listens on {port}")
 
     def _environment(self, service: str) -> dict[str, str]:
+        prefix = f"STREAMTOWER_{service.upper()}_"
         settings = {"kafka": self.kafka, "topic_prefix": self.servers.topic_prefix}
-        if service == "retriever":
-            settings["port"] = str(self._ports[service])
-        else:
-            settings["metrics_port"] = str(self._ports[service])
+        settings["port" if service == "retriever" else "metrics_port"] = str(self._ports[service])
         if service != "streams":
             settings |= {
                 "qdrant": self.qdrant,
@@ -207,12 +205,10 @@ class Stack:
                 "features": json.dumps(features(self._dataset)),
                 "payload_indexes": json.dumps(payload_indexes(self._dataset)),
             }
-        prefix = f"STREAMTOWER_{service.upper()}_"
-        environment = {prefix + name.upper(): value for name, value in settings.items()}
-        if service == "trainer":
-            # Threads that spin while they wait would take the processor from the other parts on a small machine.
-            environment |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-        return environment
+            # Suggestions: what the user has set wins.
+            suggested = self._dataset.trainer
+            settings |= {name: suggested[name] for name in suggested if prefix + name.upper() not in os.environ}
+        return {prefix + name.upper(): value for name, value in settings.items()}
 
     def _refuse_old_clicks(self) -> None:
         from confluent_kafka import Consumer, TopicPartition

@@ -88,6 +88,8 @@ class Dataset:
     """Name of a context column → its kind: categorical, multi, text, number or item."""
     item_features: Mapping[str, str] = field(default_factory=dict)
     """Name of an item's feature → its kind."""
+    trainer: Mapping[str, str] = field(default_factory=dict)
+    """Settings of the trainer that suit these data, as its environment variables take them, without their prefix."""
     item_name: str | None = None
     """Field of the items' payload that names an item to people."""
     num_items: int = 0

@@ -70,7 +70,9 @@ def completejourney_dataset(*, seed: int = 0, cache: Path | None = None, progres
         num_clicks=len(clicks),
         clicks=clicks.pieces,
         items=items,
-        context_features=dict.fromkeys(CONTEXT, "categorical"),
+        # Hour and weekday are in the clicks, but no features: over the second half of 180,000 clicks recall@100 was
+        # .1445 with all three, .1488 with none, .1489 with the store, .1515 with the store and the user's id.
+        context_features={"store_id": "categorical"},
         item_features={
             "department": "categorical",
             "product_category": "categorical",
@@ -79,6 +81,7 @@ def completejourney_dataset(*, seed: int = 0, cache: Path | None = None, progres
             "manufacturer": "categorical",
             "package_size": "categorical",
         },
+        trainer={"use_user_id": "true"},
         item_name="product_type",
         num_items=pq.read_metadata(items_file).num_rows,
     )
