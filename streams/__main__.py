@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(StreamsSettings)
         set_up_logs("streams")
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_Rarely())
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # Faust makes loops of its own, in threads
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
@@ -70,6 +73,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.critical("dependency away", exit_code=EXIT_DEPENDENCY, reason=repr(error))
         return EXIT_DEPENDENCY
     return EXIT_DEPENDENCY if isinstance(worker.crash_reason, KafkaError) else EXIT_BUG
+
+
+class _Rarely(logging.Filter):
+    """One line of each kind in ten seconds is enough from libraries: without Kafka, aiokafka writes 100 a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.name, str(record.msg)[:80]
+        if record.created < self._next.get(kind, 0.0):
+            return False
+        if len(self._next) > 1_000:
+            self._next.clear()
+        self._next[kind] = record.created + 10.0
+        return True
 
 
 def _settings_help() -> str:

@@ -13,6 +13,7 @@ import os
 import ssl
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,10 +40,27 @@ from streams.watch import Watcher
 _MAX_REQUEST_BYTES = 16 << 20
 """Largest record that the producer takes; the topics' own limits are lower."""
 
+_STOP_SECONDS = 7.0
+
 log = structlog.get_logger("streams")
 
 
-def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> ChunkApp:
+class StreamsApp(ChunkApp):
+    """A ChunkApp that ends in time: Faust waits for Kafka at the end, and without end if Kafka is gone."""
+
+    async def on_stop(self) -> None:
+        def leave() -> None:
+            failed = self.crash_reason is not None
+            end_process(EXIT_BUG if failed else 0, "ended without Kafka's goodbye", after_seconds=_STOP_SECONDS)
+
+        # What is not committed comes again, so that nothing is lost by leaving.
+        timer = threading.Timer(_STOP_SECONDS, leave)
+        timer.daemon = True
+        timer.start()
+        await super().on_stop()
+
+
+def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> StreamsApp:
     """The app, ready for `faust worker` or a Worker of one's own. Touches no network before it is started.
 
     Raises:
@@ -52,7 +70,7 @@ def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> Chu
     topics = Topics(settings.topic_prefix)
     group = settings.topic_prefix + settings.consumer_group
     deadline = settings.dependency_deadline_seconds
-    app = ChunkApp(
+    app = StreamsApp(
         group,
         broker=[f"kafka://{server.strip()}" for server in settings.kafka.split(",")],
         broker_client_id="streamtower-streams",

@@ -47,6 +47,8 @@ class ClicksOnBroker:
             "auto.offset.reset": "earliest",
             "isolation.level": "read_uncommitted",  # as Faust's consumer reads
             "enable.partition.eof": True,
+            "log_level": 2,  # what goes wrong is told by errors; without Kafka it would also write 20 lines a second
+            "reconnect.backoff.ms": 500,
         }
         self._topics, self._deadline_seconds = topics, deadline_seconds
         self._observer: Consumer | None = None

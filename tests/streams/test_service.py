@@ -234,3 +234,19 @@ def test_a_broker_that_goes_away_for_good_ends_it() -> None:
             assert service.process.wait(60) == EXIT_DEPENDENCY
             (line,) = service.events("dependency away")
             assert broker.bootstrap in line["reason"]
+
+
+def test_a_signal_ends_it_within_ten_seconds_even_if_the_broker_is_gone() -> None:
+    broker_module = pytest.importorskip("streamtower.dev.broker", reason="the extra `embedded` is not installed")
+    topics = Topics()
+    with broker_module.LocalBroker(port=0) as broker:
+        create_topics(broker.bootstrap, {topics.clicks: {}, topics.micro_batches: {}, topics.dead_letters: {}})
+        produce(broker.bootstrap, topics.clicks, 0, [click()] * 1_000)
+        with Service(broker.bootstrap, topics, commit_interval_seconds=30).wait_until_ready() as service:
+            wait_until_passed_on(broker.bootstrap, topics, {0: 1_000, 1: 0})
+            broker.stop()
+            started = time.monotonic()
+            exit_code = service.stop()
+            assert time.monotonic() - started < 10
+            assert exit_code == 0
+            assert len(service.log.read_text().splitlines()) < 100, "a broker that is away must not flood the log"
