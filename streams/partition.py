@@ -83,8 +83,8 @@ class PartitionWorker:
 
     @property
     def position(self) -> int | None:
-        """The next offset to pass on: everything below it is acknowledged by the broker. None: not known yet."""
-        return self._batcher.first_offset if self.state else None
+        """The next offset to pass on: everything below it is acknowledged by the broker. None: known after a replay."""
+        return self._batcher.first_offset if self.state and not self.is_replaying else None
 
     def put(self, event: ChunkEvent) -> None:
         """Hands over a chunk. Chunks come in order; they may begin again at an earlier offset, or further on."""
@@ -180,10 +180,10 @@ class PartitionWorker:
     async def _catch_up(self, first_offset: int) -> None:
         """Brings the state up to a chunk that does not follow upon it: after the start, or after another worker."""
         await self._close_by_age()  # sent twice at worst, which readers know to drop
+        self.is_replaying = True
         if self.state is None:
             self.state = await asyncio.to_thread(PartitionState, self._settings.state_config())
         before, started = self.state.next_offset, self._clock()
-        self.is_replaying = True
         num_records = await asyncio.to_thread(
             replay,
             self.state,
@@ -194,8 +194,8 @@ class PartitionWorker:
             max_click_bytes=self._settings.max_click_bytes,
             cancelled=lambda: self._cancelled,
         )
-        self.is_replaying = False
         self._batcher = Batcher(first_offset, self._settings.batch_size, self._settings.batch_age_seconds, self._clock)
+        self.is_replaying = False
         self._metrics.replays.inc()
         self._metrics.replayed_clicks.inc(num_records)
         log.info(

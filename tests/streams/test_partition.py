@@ -308,6 +308,7 @@ def test_a_worker_that_is_cancelled_in_a_replay_stops_reading() -> None:
 
     bench.clicks.read = read  # type: ignore[method-assign]
     run(bench.work([Event(chunk(VALUES[100:200], 100))], until=lambda: bench.worker.is_replaying and len(asked) > 0))
+    assert bench.worker.position is None, "only a lag from the committed offset on is true now"
     deadline = time.monotonic() + 10
     while asked[-1] and time.monotonic() < deadline:
         time.sleep(0.001)
