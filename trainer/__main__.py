@@ -76,7 +76,7 @@ def _run(settings: TrainerSettings, stop: threading.Event) -> int:
 
     from trainer.checkpoint import CheckpointError
     from trainer.metrics import Metrics
-    from trainer.source import ForeignTopicError, SourceAwayError
+    from trainer.source import ForeignTopicError, SourceAwayError, SourceStoppedError
 
     metrics = Metrics()
     try:
@@ -88,13 +88,16 @@ def _run(settings: TrainerSettings, stop: threading.Event) -> int:
     log.info("listening", metrics=f"http://{settings.metrics_host}:{server.server_port}/metrics")
     loop = None
     try:
-        loop = build(settings, metrics)
+        loop = build(settings, metrics, stop)
         loop.run(stop)
     except (CheckpointError, ForeignTopicError) as error:
         raise ConfigurationError([f"STREAMTOWER_TRAINER_CHECKPOINT_DIR: {error}"]) from error
     except SourceAwayError as error:
         log.error("kafka is away", error=str(error))
         return EXIT_DEPENDENCY
+    except SourceStoppedError:
+        log.info("ended while waiting for kafka")
+        return 0
     except ConfigurationError:
         raise
     except Exception:
@@ -107,8 +110,8 @@ def _run(settings: TrainerSettings, stop: threading.Event) -> int:
     return 0
 
 
-def build(settings: TrainerSettings, metrics: Metrics) -> Loop:
-    """The loop with all its parts, as the newest checkpoint had them, or new.
+def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) -> Loop:
+    """The loop with all its parts, as the newest checkpoint had them, or new; `stop` ends waiting for Kafka.
 
     Raises:
         ConfigurationError: lists what the towers or the directories refuse.
@@ -183,7 +186,11 @@ def build(settings: TrainerSettings, metrics: Metrics) -> Loop:
     topics = Topics(settings.topic_prefix)
     return Loop(
         source=KafkaSource(
-            settings.confluent_config(), topics, metrics, deadline_seconds=settings.kafka_deadline_seconds
+            settings.confluent_config(),
+            topics,
+            metrics,
+            deadline_seconds=settings.kafka_deadline_seconds,
+            stopping=stop,
         ),
         catalogue=catalogue,
         learner=learner,

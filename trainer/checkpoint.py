@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -95,6 +95,13 @@ class State:
     progress: Progress
     learner: Mapping[str, Tensor]
     catalogue: Mapping[str, Any]
+
+
+class HasState(Protocol):
+    """Learner and catalogue, as a checkpoint sees them."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """All that is needed to go on."""
 
 
 class Checkpoints:
@@ -183,21 +190,23 @@ class Checkpoints:
         """Whether it is time for a checkpoint and the one before is written."""
         return self._thread is None and self._rising() >= self._last + self._interval
 
-    def save(self, progress: Progress, learner: Mapping[str, Tensor], catalogue: Mapping[str, Any]) -> bool:
-        """Copies what it gets and writes it in the background; False if the one before is still being written.
+    def save(self, progress: Progress, learner: HasState, catalogue: HasState) -> None:
+        """Copies the state of all three as it is now, and writes it in the background.
 
         Args:
-            progress: copied here.
-            learner: tensors, copied here.
-            catalogue: `Catalogue.state_dict`, whose arrays and lists are copies already.
+            progress: of this moment.
+            learner: its `state_dict` are tensors, copied here.
+            catalogue: the arrays and lists of its `state_dict` are copies already.
+
+        Raises:
+            RuntimeError: the one before is still being written; see `due`.
         """
-        self.collect()
         if self._thread is not None:
-            return False
+            raise RuntimeError("a checkpoint is being written; wait until `collect` has given it")
         state = State(
             msgspec.json.decode(msgspec.json.encode(progress), type=Progress),
-            {name: tensor.clone() for name, tensor in learner.items()},
-            catalogue,
+            {name: tensor.clone() for name, tensor in learner.state_dict().items()},
+            catalogue.state_dict(),
         )
         taken, self._last = self._clock(), self._rising()
 
@@ -211,7 +220,12 @@ class Checkpoints:
         # A daemon: it must not keep a process alive that ends for another reason.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
-        return True
+
+    def finish(self, progress: Progress, learner: HasState, catalogue: HasState) -> Progress | None:
+        """The last checkpoint, on disk when this returns; what it holds, or None if it could not be written."""
+        self.collect(wait=True)
+        self.save(progress, learner, catalogue)
+        return self.collect(wait=True)
 
     def collect(self, wait: bool = False) -> Progress | None:
         """What the checkpoint that was finished since the last call holds, if one was.

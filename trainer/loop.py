@@ -57,9 +57,7 @@ class Loop:
                     break
             self._keep_up(poll, 0)
         self.publisher.close()
-        self.checkpoints.collect(wait=True)
-        self._save()
-        if self.checkpoints.collect(wait=True):
+        if self.checkpoints.finish(self.progress, self.learner, self.catalogue):
             self.source.show_positions(self.progress.positions.micro_batches)
 
     def _take_items(self, poll: Poll) -> None:
@@ -113,11 +111,8 @@ class Loop:
             if written := self.checkpoints.collect():
                 self.source.show_positions(written.positions.micro_batches)
             if self.checkpoints.due:
-                self._save()
+                self.checkpoints.save(self.progress, self.learner, self.catalogue)
         with self.metrics.stage("publish"):
             if not poll.loading:
                 self.publisher.advance()
         self.metrics.report(self.catalogue, self.progress, self.evaluation, self.source.lag() + in_hand)
-
-    def _save(self) -> None:
-        self.checkpoints.save(self.progress, self.learner.state_dict(), self.catalogue.state_dict())

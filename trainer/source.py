@@ -13,6 +13,7 @@ counted, logged and passed over.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,6 +50,10 @@ class SourceAwayError(Exception):
 
 class ForeignTopicError(Exception):
     """The checkpoint has learnt from another topic `clicks` than this one."""
+
+
+class SourceStoppedError(Exception):
+    """The process is to end while Kafka is still waited for."""
 
 
 class BrokenRecordError(Exception):
@@ -108,18 +113,21 @@ class KafkaSource:
         metrics: Metrics,
         *,
         deadline_seconds: float,
+        stopping: threading.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             config: how to connect, for confluent-kafka.
             deadline_seconds: longest silence of Kafka before `SourceAwayError`.
+            stopping: once set, `start` waits no longer.
             clock: rising seconds.
         """
         self._config = {**config, "log_level": 2}
         self._topics = topics
         self._metrics = metrics
         self._deadline = deadline_seconds
+        self._stopping = stopping or threading.Event()
         self._clock = clock
         self._heard = clock()
         self._consumer = Consumer(
@@ -152,6 +160,7 @@ class KafkaSource:
 
         Raises:
             SourceAwayError: no answer, or no such topics, within the deadline.
+            SourceStoppedError: the process is to end.
             ForeignTopicError: topic `clicks` is not the one that the checkpoint has learnt from.
         """
         topics = self._topics
@@ -228,10 +237,10 @@ class KafkaSource:
 
     def _first_offsets(self, topic: str) -> dict[int, int]:
         """First offset of each partition, waiting for the topic within the deadline."""
-        since = self._clock()
+        since, said = self._clock(), ""
         while True:
             try:
-                metadata = self._consumer.list_topics(topic, timeout=min(5.0, self._deadline)).topics[topic]
+                metadata = self._consumer.list_topics(topic, timeout=min(PROBE_SECONDS, self._deadline)).topics[topic]
                 if metadata.error is None and metadata.partitions:
                     places = [TopicPartition(topic, partition) for partition in metadata.partitions]
                     return {place.partition: self._ask_bounds(place)[0] for place in places}
@@ -241,7 +250,11 @@ class KafkaSource:
             if self._clock() - since > self._deadline:
                 raise SourceAwayError(f"{problem} (waited {self._deadline:g} s)")
             self._metrics.kafka_up.set(0)
-            time.sleep(0.2)
+            if problem != said:
+                log.warning("waiting for kafka", problem=problem, deadline_seconds=self._deadline)
+                said = problem
+            if self._stopping.wait(0.2):
+                raise SourceStoppedError
 
     def _topic_ids(self, topics: list[str]) -> dict[str, str]:
         """The ids that a broker gives topics when they are made; none from brokers before Kafka 2.8."""

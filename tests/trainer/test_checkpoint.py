@@ -27,8 +27,7 @@ def write(directory: Path, steps: list[int], **values: object) -> None:
     checkpoints = new_checkpoints(directory, **values)
     for step in steps:
         trainer.progress.step = step
-        assert checkpoints.save(trainer.progress, trainer.learner.state_dict(), trainer.catalogue.state_dict())
-        assert checkpoints.collect(wait=True) is not None
+        assert checkpoints.finish(trainer.progress, trainer.learner, trainer.catalogue) == trainer.progress
     checkpoints.close()
 
 
@@ -72,7 +71,7 @@ def test_a_checkpoint_is_a_copy_of_the_moment_it_was_taken(tmp_path: Path) -> No
     trainer.run()
     before = {name: tensor.clone() for name, tensor in trainer.learner.state_dict().items()}
     checkpoints = new_checkpoints(tmp_path)
-    checkpoints.save(trainer.progress, trainer.learner.state_dict(), trainer.catalogue.state_dict())
+    checkpoints.save(trainer.progress, trainer.learner, trainer.catalogue)
     for tensor in trainer.learner.state_dict().values():
         tensor.zero_()
     trainer.progress.learnt[0] = 99
@@ -161,8 +160,9 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_leaves_the_one_befor
     (tmp_path / ".c000000000002").write_text("in the way")
     state = checkpoints.load()
     assert state is not None
-    assert checkpoints.save(Progress(step=2), state.learner, state.catalogue)
-    assert checkpoints.collect(wait=True) is None
+    trainer = Trainer(tmp_path / "other", click_stream(1))
+    trainer.run()
+    assert checkpoints.finish(Progress(step=2), trainer.learner, trainer.catalogue) is None
     checkpoints.close()
     assert metrics.registry.get_sample_value("streamtower_trainer_checkpoint_failures_total") == 1
     again = load(tmp_path)

@@ -208,6 +208,12 @@ def test_without_kafka_it_ends_as_a_missing_dependency(bench: Bench) -> None:
     assert running.events("kafka is away")
 
 
+def test_told_to_stop_while_it_waits_for_kafka_it_stops(bench: Bench) -> None:
+    running = bench.start(kafka="127.0.0.1:9", kafka_deadline_seconds="600")
+    wait_for(lambda: running.events("waiting for kafka"))
+    assert running.end() == 0
+
+
 def test_without_the_index_it_learns_all_the_same(bench: Bench) -> None:
     running = bench.start(qdrant="http://127.0.0.1:9", qdrant_attempts="2")
     running.wait_ready()
