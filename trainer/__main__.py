@@ -119,21 +119,18 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
     """
     import torch
 
-    from trainer.catalogue import Catalogue
     from trainer.checkpoint import Checkpoints, Progress
-    from trainer.evaluate import Prequential
     from trainer.index import Index, new_client
     from trainer.loop import Loop
+    from trainer.model import new_model
     from trainer.publish import Publisher
     from trainer.rollout import PublishSettings, Rollout
     from trainer.source import KafkaSource
-    from trainer.step import Learner, TrainingConfig
-    from trainer.towers import ItemFeatures, TowerConfig
     from trainer.versions import Versions
 
     torch.set_num_threads(settings.num_threads)
     try:
-        config, training = TowerConfig.from_dict(settings.towers()), TrainingConfig(**settings.training())
+        model = new_model(settings)
         versions = Versions(settings.model_dir)
     except ValueError as error:
         raise ConfigurationError([f"the towers: {line}" for line in str(error).splitlines()]) from error
@@ -147,18 +144,10 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
         keep=settings.keep_checkpoints,
         interval_seconds=settings.checkpoint_interval_seconds,
     )
-    catalogue = Catalogue(
-        ItemFeatures(config),
-        embedding_dim=config.embedding_dim,
-        half_life_clicks=settings.log_q_half_life_clicks,
-        uniform_ratio=settings.uniform_ratio,
-        max_items=settings.max_items,
-    )
-    learner = Learner(config, training, catalogue.inputs)
     progress = Progress()
     if state := checkpoints.load():
-        learner.load_state_dict(state.learner)
-        catalogue.load_state_dict(state.catalogue)
+        model.learner.load_state_dict(state.learner)
+        model.catalogue.load_state_dict(state.catalogue)
         progress = state.progress
     stopping = threading.Event()
     api_key = settings.qdrant_api_key.get_secret_value() if settings.qdrant_api_key else None
@@ -175,14 +164,6 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
         **{name: getattr(settings, name) for name in names}, settings_hash=settings_hash(identity)
     )
     rollout = Rollout(index, versions, publish)
-    evaluation = Prequential(
-        config.temperature,
-        settings.popularity_weight,
-        window=settings.evaluation_window_clicks,
-        exclude_history=settings.exclude_history,
-        rows_per_batch=settings.evaluation_rows,
-        seed=settings.seed,
-    ) if settings.evaluation_rows else None  # fmt: skip
     topics = Topics(settings.topic_prefix)
     return Loop(
         source=KafkaSource(
@@ -192,11 +173,9 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
             deadline_seconds=settings.kafka_deadline_seconds,
             stopping=stop,
         ),
-        catalogue=catalogue,
-        learner=learner,
-        evaluation=evaluation,
+        model=model,
         checkpoints=checkpoints,
-        publisher=Publisher(rollout, catalogue, learner, progress, metrics, stopping=stopping),
+        publisher=Publisher(rollout, model.catalogue, model.learner, progress, metrics, stopping=stopping),
         progress=progress,
         metrics=metrics,
     )

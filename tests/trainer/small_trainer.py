@@ -17,6 +17,7 @@ from trainer.freshness import Freshness
 from trainer.item_events import ItemChange
 from trainer.loop import Loop
 from trainer.metrics import Metrics
+from trainer.model import Model
 from trainer.step import Learner, TrainingConfig
 from trainer.towers import Feature, ItemFeatures, TowerConfig
 
@@ -78,9 +79,7 @@ class Trainer:
         """The loop, to the end of the entries."""
         Loop(
             self.source,
-            self.catalogue,
-            self.learner,
-            self.evaluation,
+            Model(self.catalogue, self.learner, self.evaluation),
             self.checkpoints,
             self.publisher,
             self.progress,
