@@ -42,7 +42,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -136,6 +136,22 @@ class ChunkThread(AIOKafkaConsumerThread):  # type: ignore[misc]
             max_records = max(1, room // app.chunk_max_records)  # what is counted here are chunks
         return await super()._fetch_records(consumer, active_partitions, timeout, max_records)
 
+    def position_of(self, tp: TP) -> int | None:
+        """Where aiokafka reads next, if it knows; may be called from any thread."""
+        assignment = self._consumer._subscription.subscription.assignment
+        state = assignment and assignment.state_value(tp)
+        return int(state.position) if state and state.has_valid_position else None
+
+
+def _chunks(tp: TP, batch: Sequence[Any] | None) -> Sequence[Chunk]:
+    """What was fetched of a partition: chunks already, or aiokafka's records, or nothing."""
+    if not batch or isinstance(batch[0], Chunk):
+        return batch or ()
+    columns = Columns()
+    columns.append(batch)
+    # These records do not say whether anything but control batches and compaction lies before them.
+    return [columns.chunk(tp, batch[0].offset, batch[-1].offset + 1)]
+
 
 class ChunkConsumer(Consumer):  # type: ignore[misc]
     """The consumer that makes chunks into messages and knows what may be committed."""
@@ -144,6 +160,7 @@ class ChunkConsumer(Consumer):  # type: ignore[misc]
         super().__init__(*args, **options)
         self.in_flight = InFlight(self.app.chunk_max_inflight, self.app.chunk_max_inflight_bytes)
         self.ledgers: dict[TP, Ledger] = {}
+        self._begins: dict[TP, int | None] = {}
         self._sought: dict[TP, int] = {}
 
     def _new_consumer_thread(self) -> ChunkThread:
@@ -152,34 +169,30 @@ class ChunkConsumer(Consumer):  # type: ignore[misc]
     async def _getmany(self, active_partitions: Any, timeout: float) -> Any:  # noqa: ASYNC109 - Faust's signature
         if not await self.in_flight.has_room(timeout):
             return {}
+        batches = {TP(*tp): batch for tp, batch in (await super()._getmany(active_partitions, timeout)).items()}
         generation = self.app.consumer_generation_id
-        fetched = {TP(*tp): batch for tp, batch in (await super()._getmany(active_partitions, timeout)).items()}
-        chunked = [tp for tp in fetched if tp.topic in self.app.chunk_topics]
-        expected = {tp: await self._expected(tp) for tp in chunked}
+        fetched = {tp: batch for tp, batch in batches.items() if tp.topic not in self.app.chunk_topics}
+        owned = [tp for tp in self._active_partitions | self._buffered_partitions if tp.topic in self.app.chunk_topics]
+        # In a rebalance Faust drops what was fetched, and does not know committed offsets: then nothing may be entered.
+        expected = {tp: await self._expected(tp) for tp in owned if self.flow_active}
         if not self.flow_active or self.app.consumer_generation_id != generation:
-            return {}  # a rebalance has begun: Faust would drop the chunks, so they must not be in a ledger
+            return fetched
         late = {}
-        for tp in chunked:
-            batch = fetched.pop(tp)
-            if tp not in self._active_partitions and tp not in self._buffered_partitions:
-                continue  # Faust would drop these too
-            begin = expected[tp]
-            if not isinstance(batch[0], Chunk):
-                # aiokafka's own records do not say that nothing but control batches and compaction lies before them.
-                first_offset = batch[0].offset if begin is None or self._sought.get(tp) != begin else begin
-                columns = Columns()
-                columns.append(batch)
-                batch = [columns.chunk(tp, first_offset, batch[-1].offset + 1)]
-            # What Faust drops while a rebalance begins is lost to it: the reading position has gone past. So the first
-            # time that a fetch begins later than it should, it is not taken, and reading goes back. If it begins there
-            # again, the broker has no records before.
-            if begin is not None and batch[0].first_offset > begin and self._sought.get(tp) != begin:
-                late[tp] = self._sought[tp] = begin
-            else:
+        for tp, begin in expected.items():
+            chunks = _chunks(tp, batches.get(tp))
+            first_offset = chunks[0].first_offset if chunks else self._thread.position_of(tp)
+            if begin is not None and first_offset is not None and first_offset > begin:
+                # What Faust dropped is lost to it: reading has gone past. So what comes later is not taken, and reading
+                # goes back, until it is certain that nothing is before.
+                if not await self._is_hole(tp, begin):
+                    late[tp] = self._sought[tp] = begin
+                    continue
+                self._ledger(tp, begin).enter(first_offset, 0, 0)
+            if chunks:
                 self._sought.pop(tp, None)
-                fetched[tp] = self._enter(tp, batch, begin)
+                fetched[tp] = [entry for chunk in chunks if (entry := self._enter(tp, chunk))]
         if late:
-            logger.info("Fetched from a later offset than expected; going back: %s", late)
+            logger.info("Reading has gone further than what has come; going back: %s", late)
             with contextlib.suppress(IllegalStateError):  # not ours any more
                 await self.seek_wait(late)
         return fetched
@@ -188,26 +201,34 @@ class ChunkConsumer(Consumer):  # type: ignore[misc]
         """The offset at which the next chunk must begin; None: any."""
         if ledger := self.ledgers.get(tp):
             return ledger.end
-        committed: int | None = self._committed_offset[tp]
-        if committed is None and self.app.conf.consumer_auto_offset_reset == "earliest":
-            committed = (await self.earliest_offsets(tp))[tp]
-        return committed
+        if tp not in self._begins:
+            begin: int | None = self._committed_offset[tp]
+            if begin is None and self.app.conf.consumer_auto_offset_reset == "earliest":
+                begin = (await self.earliest_offsets(tp))[tp]
+            self._begins[tp] = begin
+        return self._begins[tp]
 
-    def _enter(self, tp: TP, chunks: Iterable[Chunk], begin: int | None) -> list[tuple[Span, Chunk]]:
-        """Enters what was fetched into the partition's ledger: pairs for `_to_message`, without chunks of no record."""
-        entered = []
-        for chunk in chunks:
-            ledger = self.ledgers.get(tp)
-            if ledger is None or chunk.first_offset < ledger.end:
-                if ledger:
-                    ledger.close()
-                start = chunk.first_offset if begin is None else min(chunk.first_offset, begin)
-                ledger = self.ledgers[tp] = Ledger(start, self.in_flight)
-            first_offset = ledger.delivered
-            span = ledger.enter(chunk.next_offset, len(chunk), sum(map(len, filter(None, chunk.values))))
-            if len(chunk):
-                entered.append((span, replace(chunk, first_offset=first_offset)))
-        return entered
+    async def _is_hole(self, tp: TP, begin: int) -> bool:
+        """Whether nothing can be read from this offset on before what was read last."""
+        if self.app.chunk_transport == "fast":  # a chunk stands for its control batches and compacted records too
+            return begin < int((await self.earliest_offsets(tp))[tp])
+        return self._sought.get(tp) == begin  # it was read from there, without a rebalance since
+
+    def _ledger(self, tp: TP, first_offset: int) -> Ledger:
+        """The partition's ledger; a new one if reading went backwards."""
+        ledger = self.ledgers.get(tp)
+        if ledger is None or first_offset < ledger.end:
+            if ledger:
+                ledger.close()
+            ledger = self.ledgers[tp] = Ledger(first_offset, self.in_flight)
+        return ledger
+
+    def _enter(self, tp: TP, chunk: Chunk) -> tuple[Span, Chunk] | None:
+        """Enters a chunk; what `_to_message` makes a message of, or None if the chunk has no record."""
+        ledger = self._ledger(tp, chunk.first_offset)
+        first_offset = ledger.delivered
+        span = ledger.enter(chunk.next_offset, len(chunk), sum(map(len, filter(None, chunk.values))))
+        return (span, replace(chunk, first_offset=first_offset)) if len(chunk) else None
 
     def _to_message(self, tp: TP, record: Any) -> Any:
         if tp.topic not in self.app.chunk_topics:
@@ -251,8 +272,9 @@ class ChunkConsumer(Consumer):  # type: ignore[misc]
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         await super().on_partitions_revoked(revoked)  # waits for chunks that agents have begun, and commits them
+        self._begins.clear()
+        self._sought.clear()
         for tp in revoked:
-            self._sought.pop(tp, None)
             if ledger := self.ledgers.pop(tp, None):
                 ledger.close()
 
