@@ -198,11 +198,13 @@ class HistoryFollower:
     def _positions_at(self, consumer: Consumer, partitions: list[int], since: float) -> dict[int, int]:
         """Offset of the first record at or after `since` (seconds since the epoch) in each partition, else its end."""
         wanted = [TopicPartition(self._topic, partition, round(1000 * since)) for partition in partitions]
+        # The ends come first: a record that is written between the two questions must not be passed over.
+        bounds = {entry.partition: consumer.get_watermark_offsets(entry, timeout=_REQUEST_SECONDS) for entry in wanted}
         positions = {}
         for found in consumer.offsets_for_times(wanted, timeout=_REQUEST_SECONDS):
             if found.error:
                 raise KafkaException(found.error)
-            low, end = consumer.get_watermark_offsets(found, timeout=_REQUEST_SECONDS)
+            low, end = bounds[found.partition]
             positions[found.partition] = max(low, found.offset) if found.offset >= 0 else end
         return positions
 

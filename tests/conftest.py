@@ -1,3 +1,3 @@
-"""Real servers for the tests: the embedded ones, or foreign ones that STREAMTOWER_TEST_KAFKA and STREAMTOWER_TEST_QDRANT name."""
+"""Real servers for the tests: the embedded ones, or the foreign ones that two variables of the environment name."""
 
 pytest_plugins = ["tests.fixtures.kafka", "tests.fixtures.qdrant"]

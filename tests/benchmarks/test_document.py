@@ -44,7 +44,7 @@ def test_a_figure_that_was_not_measured_is_no_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("learnt", "under_way", "sustained"), [(1000.0, 2000.0, True), (969.0, 0.0, False), (1000.0, 2001.0, False)]
+    ("learnt", "under_way", "sustained"), [(1000.0, 2000.0, True), (949.0, 0.0, False), (1000.0, 2001.0, False)]
 )
 def test_a_rate_is_sustained_if_learning_keeps_up_and_little_is_under_way(
     learnt: float, under_way: float, sustained: bool

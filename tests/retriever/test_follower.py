@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions
 
 from retriever.histories import HistoryFollower, HistoryTable
@@ -145,6 +145,26 @@ def test_only_the_lookback_is_read_at_start(apache_kafka: str, apache_topics: To
         produce(kafka, topics.micro_batches, [(0, make_batch([("now", "1")], [[]], first_offset=2).encode())])
         made.wait_for("now", ["1"])
         assert made.items_of("lately") is None
+
+
+class GrowingPartition:
+    """A consumer's view of partitions that get another record after every question."""
+
+    def __init__(self) -> None:
+        self.end = 3
+
+    def get_watermark_offsets(self, partition: TopicPartition, timeout: float) -> tuple[int, int]:
+        self.end += 1
+        return 0, self.end - 1
+
+    def offsets_for_times(self, partitions: list[TopicPartition], timeout: float) -> list[TopicPartition]:
+        self.end += 1
+        return [TopicPartition(entry.topic, entry.partition, -1) for entry in partitions]  # none that young, it says
+
+
+def test_a_record_written_while_the_start_is_looked_up_is_read() -> None:
+    follower = Following("127.0.0.1:9", Topics("x"), 3_600, time.time).follower
+    assert follower._positions_at(GrowingPartition(), [0, 1], time.time()) == {0: 3, 1: 4}
 
 
 def test_a_topic_that_comes_later_is_followed(kafka: str, topics: Topics) -> None:
