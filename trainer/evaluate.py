@@ -9,7 +9,7 @@ Shapes: B clicks, N known items, D embedding size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,8 @@ class Ranks:
     """[n] by the served score."""
     popularity_rank: Float64Array
     """[n] by the live popularity."""
+    best: Int64Array = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    """[n, num_best] the numbers of the best candidates by the served score, best first; −1 where there were fewer."""
 
     def recall(self, k: int) -> float:
         """Share of the clicks whose item was among the k best; NaN without clicks."""
@@ -60,6 +62,7 @@ class Prequential:
         exclude_history: bool = True,
         rows_per_batch: int | None = None,
         seed: int = 0,
+        num_best: int = 0,
     ) -> None:
         """An evaluation that has seen nothing.
 
@@ -73,6 +76,7 @@ class Prequential:
             rows_per_batch: most clicks of a batch that are evaluated, drawn at random; None = all. One costs about
                 128 · N floating-point operations.
             seed: of the draw.
+            num_best: best candidates that are told of each click.
         """
         if not ks or min(ks) < 1 or window < 1 or (rows_per_batch is not None and rows_per_batch < 1):
             raise ValueError(f"ks {ks}, window {window} and rows_per_batch {rows_per_batch} must be at least 1")
@@ -80,6 +84,7 @@ class Prequential:
         self.popularity_weight = popularity_weight
         self.exclude_history = exclude_history
         self.rows_per_batch = rows_per_batch
+        self.num_best = num_best
         self.num_evaluated = 0
         self.num_candidates_hit = 0
         """Evaluated clicks whose item was a candidate."""
@@ -122,9 +127,11 @@ class Prequential:
         bias = popularity.astype(np.float32)
         bias[bias > -np.inf] *= self.popularity_weight  # also 0 · −inf is −inf: no candidate
         queries = (query_embedding / self.temperature).astype(np.float32)
+        best = np.full((len(target), self.num_best), -1, dtype=np.int64)
         result = Ranks(
-            rank=expected_ranks(queries, item_embedding, bias, target, excluded),
+            rank=expected_ranks(queries, item_embedding, bias, target, excluded, best),
             popularity_rank=popularity_ranks(popularity, target, excluded),
+            best=best,
         )
         pair = np.stack([result.rank, result.popularity_rank], axis=1)
         for k, hits in self._hits.items():
@@ -154,7 +161,12 @@ class Prequential:
 
 
 def expected_ranks(
-    queries: Float32Array, items: Float32Array, bias: Float32Array, target: Int64Array, excluded: Int64Array
+    queries: Float32Array,
+    items: Float32Array,
+    bias: Float32Array,
+    target: Int64Array,
+    excluded: Int64Array,
+    best: Int64Array | None = None,
 ) -> Float64Array:
     """Rank of each target among the items by ⟨query, item⟩ + bias: [B], from 1.
 
@@ -167,6 +179,7 @@ def expected_ranks(
         bias: float32 [N], −inf for an item that is no candidate.
         target: int64 [B], −1 for an item that is not among the N.
         excluded: int64 [e, 2] distinct pairs (row, item) that are no candidates. A target that is none has rank inf.
+        best: int64 [B, k] full of −1: is given the numbers of each row's k best candidates, best first.
     """
     ranks = np.full(len(target), np.inf)
     at_once = max(1, _SCORES_AT_ONCE // max(1, len(items)))
@@ -184,6 +197,9 @@ def expected_ranks(
         not_worse = np.array([np.count_nonzero(scores[i] >= score[i]) for i in row])
         candidate = (wanted >= 0) & (score > -np.inf)
         ranks[start : start + len(scores)] = np.where(candidate, 0.5 * (better + not_worse + 1), np.inf)
+        if best is not None and best.shape[1]:
+            value, number = torch.from_numpy(scores).topk(min(best.shape[1], len(items)))
+            best[start : start + len(scores), : value.shape[1]] = np.where(value > -torch.inf, number, -1)
     return ranks
 
 

@@ -61,9 +61,7 @@ class Model:
         Raises:
             NonFiniteError: the loss or a gradient is not finite.
         """
-        config = self.learner.config
-        context = {f.name: batch.context[f.name].to_pylist() for f in config.context if f.name in batch.context}
-        query = query_inputs(config, batch.user_hash, batch.history_values, batch.history_offsets, context)
+        query = self._query(batch)
         with stage("evaluate"):
             ranks = self._evaluate(batch, query)
         with stage("learn"):
@@ -74,6 +72,15 @@ class Model:
             self.catalogue.count(rows)
             self.catalogue.embed(np.unique(rows), self.learner.embed_items)
         return Learnt(result, ranks)
+
+    def test(self, batch: MicroBatch) -> Ranks | None:
+        """What is foreseen of a micro-batch, which is not learnt; None: there is no item yet, or nothing is tested."""
+        return self._evaluate(batch, self._query(batch))
+
+    def _query(self, batch: MicroBatch) -> QueryInputs:
+        config = self.learner.config
+        context = {f.name: batch.context[f.name].to_pylist() for f in config.context if f.name in batch.context}
+        return query_inputs(config, batch.user_hash, batch.history_values, batch.history_offsets, context)
 
     def _evaluate(self, batch: MicroBatch, query: QueryInputs) -> Ranks | None:
         if self.evaluation is None or not self.catalogue.num_items:

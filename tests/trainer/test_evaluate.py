@@ -80,6 +80,16 @@ def test_ranks_are_those_of_the_slow_reference(
     assert result.popularity_rank.tolist() == by_popularity
 
 
+def test_the_best_candidates_are_told_best_first() -> None:
+    one = np.ones((2, 1), dtype=np.float32)
+    items = np.array([[1.0], [4.0], [3.0], [2.0]], dtype=np.float32)
+    log_q = np.array([0.0, 0.0, 0.0, -np.inf], dtype=np.float32)
+    evaluation = Prequential(1.0, num_best=3)
+    told = evaluation.observe(one, items, log_q, np.array([0, -1]), np.array([1]), np.array([0, 0, 1]))
+    assert told.best.tolist() == [[1, 2, 0], [2, 0, -1]]
+    assert told.rank.tolist() == [3.0, np.inf]
+
+
 def test_equal_scores_count_by_their_expected_rank() -> None:
     """A model that gives every item the same score is no better than chance."""
     zeros, nothing = np.zeros((100, 4), dtype=np.float32), np.zeros((0, 2), dtype=np.int64)
