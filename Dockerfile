@@ -21,10 +21,11 @@ RUN pip install --no-deps .
 
 FROM python:3.11.16-slim-bookworm
 LABEL org.opencontainers.image.title="streamtower" org.opencontainers.image.licenses="Apache-2.0"
-# A named volume takes over the owner of the folder that it is mounted on, so both are made here.
+# A named volume takes over the owner of the folder that it is mounted on, so they are made here.
 RUN groupadd --gid 10001 streamtower \
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /tmp streamtower \
-    && install --directory --owner=10001 --group=10001 /var/lib/streamtower/models /var/lib/streamtower/checkpoints
+    && install --directory --owner=10001 --group=10001 /var/lib/streamtower/models \
+        /var/lib/streamtower/checkpoints /var/lib/streamtower/snapshots
 COPY --from=build /opt/streamtower /opt/streamtower
 COPY LICENSE /opt/streamtower/LICENSE
 # The root is read-only: everything that is written and may be lost goes to /tmp, a tmpfs. The safe path keeps Python from

@@ -14,6 +14,7 @@ import ssl
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,10 +30,11 @@ from streams.chunks import ChunkApp
 from streams.contract import Topics
 from streams.dead_letter import EXIT_BAD_INPUT, RejectedShare
 from streams.metrics import Metrics
-from streams.partition import Partitions, PartitionWorker, TooManyRejectedError
+from streams.partition import Partitions, PartitionWorker, RetentionExpiredError, TooManyRejectedError
 from streams.send import Sender, TooLargeError
 from streams.service import EXIT_BUG, EXIT_CONFIGURATION, EXIT_DEPENDENCY, ConfigurationError
 from streams.settings import StreamsSettings
+from streams.snapshot import SnapshotKeeper, Snapshots
 from streams.state import PartitionState, StateConfig
 from streams.validate import validate
 from streams.watch import Watcher
@@ -61,10 +63,11 @@ class StreamsApp(ChunkApp):
 
 
 def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> StreamsApp:
-    """The app, ready for `faust worker` or a Worker of one's own. Touches no network before it is started.
+    """The app, ready for `faust worker` or a Worker of one's own. Asks nothing of Kafka before it is started.
 
     Raises:
-        ConfigurationError: settings that cannot work together.
+        ConfigurationError: settings that cannot work together, or a directory that cannot be written to.
+        DependencyError: the place of the snapshots, elsewhere, cannot be reached.
     """
     metrics = metrics or Metrics()
     topics = Topics(settings.topic_prefix)
@@ -86,10 +89,21 @@ def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> Str
         producer_request_timeout=deadline,
         # Workers finish or drop by themselves what they hold; Faust would wait for a replay, and without end for Kafka.
         stream_wait_empty=False,
-        monitor=_CommitCounter(metrics),
+        consumer_group_instance_id=settings.group_instance_id or None,
+        monitor=(monitor := _CommitMonitor(metrics, topics.clicks)),
     )
     sender = Sender(lambda *record: app.producer.send(*record), deadline)
     clicks_on_broker = ClicksOnBroker(settings.confluent_config(), topics, group, deadline)
+    snapshots = None
+    if settings.snapshots:
+        snapshots = Snapshots(
+            settings.snapshots,
+            topics.clicks,
+            clicks_on_broker.topic_id,
+            settings.state_config(),
+            metrics,
+            keep=settings.keep_snapshots,
+        )
     rejected_share = RejectedShare(settings.max_rejected_ratio, settings.rejected_window_clicks)
 
     def end(error: BaseException) -> None:
@@ -97,6 +111,8 @@ def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> Str
             end_process(EXIT_DEPENDENCY, "dependency away", reason=str(error))
         if isinstance(error, TooLargeError):
             end_process(EXIT_CONFIGURATION, "topic too narrow", reason=str(error))
+        if isinstance(error, RetentionExpiredError):
+            end_process(EXIT_CONFIGURATION, "retention expired", reason=str(error))
         if isinstance(error, TooManyRejectedError):
             asyncio.create_task(end_after_commit(error))  # noqa: RUF006 - it ends the process
             return
@@ -115,10 +131,11 @@ def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> Str
 
     partitions = Partitions(
         lambda partition: PartitionWorker(
-            partition, settings, topics, sender, clicks_on_broker, metrics, rejected_share
+            partition, settings, topics, sender, clicks_on_broker, metrics, rejected_share, snapshots
         ),
         end,
     )
+    monitor.on_commit = partitions.note_committed
 
     async def take_chunks(stream: Any) -> None:
         async for event in stream.noack().events():
@@ -149,23 +166,35 @@ def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> Str
         except Exception as error:
             end(error)
 
+    async def keep_snapshots() -> None:
+        if snapshots:
+            try:
+                await SnapshotKeeper(partitions, snapshots, metrics, settings.snapshot_interval_seconds).run()
+            except Exception as error:
+                end(error)
+
     app.agent(app.chunk_topic(topics.clicks), name="clicks")(take_chunks)
     app.on_partitions_revoked.connect(on_partitions_revoked)
     app.on_partitions_assigned.connect(on_partitions_assigned)
     app.on_before_shutdown.connect(on_before_shutdown)
     app.task()(watch)
+    app.task()(keep_snapshots)
     return app
 
 
-class _CommitCounter(faust.Monitor):  # type: ignore[misc]
+class _CommitMonitor(faust.Monitor):  # type: ignore[misc]
     """Faust's monitor, which hears of each commit; the others of its numbers are not used."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    on_commit: Callable[[Mapping[int, int]], None]
+    """Called with the offsets of the clicks topic, by partition."""
+
+    def __init__(self, metrics: Metrics, topic: str) -> None:
         super().__init__()
-        self._commits = metrics.commits
+        self._commits, self._topic = metrics.commits, topic
 
     def on_tp_commit(self, tp_offsets: dict[TP, int]) -> None:
         self._commits.inc()
+        self.on_commit({tp.partition: offset for tp, offset in tp_offsets.items() if tp.topic == self._topic})
 
 
 def _credentials(settings: StreamsSettings) -> faust.types.CredentialsT | None:

@@ -7,8 +7,9 @@ module. `python -m streams` does not use it.
 from __future__ import annotations
 
 from streams.agent import create_app, serve_metrics, warm_up
+from streams.broker import DependencyError
 from streams.metrics import Metrics
-from streams.service import ConfigurationError, load_settings, refuse_to_start, set_up_logs
+from streams.service import EXIT_DEPENDENCY, ConfigurationError, load_settings, refuse_to_start, set_up_logs
 from streams.settings import StreamsSettings
 
 try:
@@ -18,4 +19,6 @@ try:
     serve_metrics(_settings, _metrics)
 except ConfigurationError as error:
     refuse_to_start("streams", error)
+except DependencyError as error:
+    raise SystemExit(EXIT_DEPENDENCY) from error
 warm_up()

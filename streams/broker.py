@@ -6,12 +6,13 @@ It joins no consumer group and commits nothing. Every call blocks: threads only.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
-from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from streams.contract import Int64Array, Topics
@@ -20,6 +21,7 @@ from streams.service import ConfigurationError
 _POLL_SECONDS = 0.5
 _ANSWER_SECONDS = 5.0
 _READ_RECORDS = 10_000
+_UNSUPPORTED = (KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE)
 
 
 class DependencyError(Exception):
@@ -29,7 +31,7 @@ class DependencyError(Exception):
 class ClicksOnBroker:
     """The clicks topic as it lies on the broker.
 
-    `check_topics` and `bounds` are for one thread; `read` may run in several, each with a connection of its own.
+    For several threads; each `read` has a connection of its own.
 
     Args:
         config: confluent-kafka's, enough to connect.
@@ -52,6 +54,7 @@ class ClicksOnBroker:
         }
         self._topics, self._deadline_seconds = topics, deadline_seconds
         self._observer: Consumer | None = None
+        self._observing = threading.Lock()
 
     def check_topics(self) -> None:
         """Waits for the broker and looks whether the topics can be used.
@@ -88,16 +91,54 @@ class ClicksOnBroker:
         """
         if not partitions:
             return {}
-        observer = self._observer = self._observer or Consumer(self._reader_config)
         try:
-            found = {}
-            asked = [TopicPartition(self._topics.clicks, partition) for partition in partitions]
-            for tp in observer.committed(asked, timeout=_ANSWER_SECONDS):
-                first, end = observer.get_watermark_offsets(tp, timeout=_ANSWER_SECONDS)
-                found[tp.partition] = first, end, None if tp.offset == OFFSET_INVALID else tp.offset
-            return found
+            with self._observing:
+                observer = self._observer = self._observer or Consumer(self._reader_config)
+                found = {}
+                asked = [TopicPartition(self._topics.clicks, partition) for partition in partitions]
+                for tp in observer.committed(asked, timeout=_ANSWER_SECONDS):
+                    first, end = observer.get_watermark_offsets(tp, timeout=_ANSWER_SECONDS)
+                    found[tp.partition] = first, end, None if tp.offset == OFFSET_INVALID else tp.offset
+                return found
         except KafkaException as error:
             raise DependencyError(f"no offsets from Kafka at {self._where}: {error}") from error
+
+    def ends(self, partition: int, cancelled: Callable[[], bool]) -> tuple[int, int]:
+        """(first offset, end offset) of a partition, asked until the broker answers; (0, 0) once `cancelled` says so.
+
+        Raises:
+            DependencyError: the broker did not answer within the deadline.
+        """
+        deadline = time.monotonic() + self._deadline_seconds
+        while not cancelled():
+            try:
+                first, end, _ = self.bounds([partition])[partition]
+                return first, end
+            except DependencyError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_SECONDS)
+        return 0, 0
+
+    def topic_id(self) -> str:
+        """The id that the broker gave the clicks topic when it was made; "" from brokers that give none.
+
+        Raises:
+            DependencyError: the broker did not answer within the deadline.
+        """
+        name, deadline = self._topics.clicks, time.monotonic() + self._deadline_seconds
+        admin = AdminClient(self._config)  # to be held until its answer is here
+        while True:
+            try:
+                future = admin.describe_topics(TopicCollection([name]), request_timeout=_ANSWER_SECONDS)[name]
+                found = str(future.result(_ANSWER_SECONDS).topic_id)
+                return "" if found.strip("A=") in ("", "None") else found
+            except (KafkaException, TimeoutError) as error:
+                if isinstance(error, KafkaException) and error.args[0].code() in _UNSUPPORTED:
+                    return ""
+                if time.monotonic() > deadline:
+                    raise DependencyError(f"no id of topic {name!r} from Kafka at {self._where}: {error}") from error
+                time.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
         """Lets the connections go."""

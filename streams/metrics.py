@@ -78,6 +78,27 @@ class Metrics:
             "Times that a partition's state was brought up to its first click by replaying earlier ones.",
         )
         self.replayed_clicks = counter("replayed_clicks_total", "Records read for replays.")
+        self.gap = counter(
+            "gap_offsets_total",
+            "Offsets passed over because retention had deleted clicks before this process read them: of = "
+            "micro_batches: in no micro-batch; state: passed on before, but missing from histories and frequencies.",
+            "of",
+        )
+        self.snapshots = counter("snapshots_total", "Snapshots of partitions' states written.")
+        self.snapshot_failures = counter("snapshot_failures_total", "Snapshots that could not be written.")
+        self.snapshots_skipped = counter(
+            "snapshots_skipped_total",
+            "Snapshots passed over when a partition's state was restored: torn = its checksum does not fit; foreign = "
+            "files of other settings or another topic; unreadable = the file system gave an error.",
+            "reason",
+        )
+        self.snapshot_seconds = Histogram(
+            stem + "snapshot_seconds",
+            "Seconds from a copied state to its snapshot written and older ones removed.",
+            buckets=(*SECONDS[3:], 30.0, 60.0),
+            registry=registry,
+        )
+        self.snapshot_timestamp = gauge("snapshot_timestamp_seconds", "Unix time of the newest snapshot written.")
         self.replaying = gauge("replaying_partitions", "Partitions whose state is being replayed now.")
         self.estimator_occupied = gauge(
             "estimator_occupied_ratio",
@@ -88,5 +109,9 @@ class Metrics:
         self.ready = gauge("ready", "1 while this process has its partitions assigned, else 0.")
         for reason in Reason:
             self.dead_letters.labels(reason.value)
+        for of in ("micro_batches", "state"):
+            self.gap.labels(of)
+        for skipped in ("torn", "foreign", "unreadable"):
+            self.snapshots_skipped.labels(skipped)
         for close_reason in CloseReason:
             self.micro_batches.labels(close_reason.value)

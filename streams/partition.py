@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +28,7 @@ from streams.metrics import Metrics
 from streams.replay import replay
 from streams.send import Sender
 from streams.settings import StreamsSettings
+from streams.snapshot import Snapshots
 from streams.state import PartitionState
 from streams.validate import validate
 
@@ -45,6 +46,10 @@ class ChunkEvent(Protocol):
     def ack(self) -> bool: ...
 
 
+class RetentionExpiredError(Exception):
+    """Kafka has deleted clicks that are needed still: says which, for what, and what can be done."""
+
+
 class TooManyRejectedError(Exception):
     """More of the input than allowed is no clicks; all of it was kept."""
 
@@ -55,6 +60,7 @@ class PartitionWorker:
     Args:
         partition: its number.
         rejected_share: shared by all partitions of the process.
+        snapshots: where states may be; None: nowhere.
         clock: monotonic, in seconds.
     """
 
@@ -67,15 +73,18 @@ class PartitionWorker:
         clicks_on_broker: ClicksOnBroker,
         metrics: Metrics,
         rejected_share: RejectedShare,
+        snapshots: Snapshots | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.partition = partition
         self.state: PartitionState | None = None
         """None until the first chunk has come and the clicks before it are replayed."""
         self.is_replaying = False
+        self.committed = 0
+        """The committed offset, as far as known."""
         self._settings, self._topics, self._sender = settings, topics, sender
         self._clicks_on_broker, self._metrics = clicks_on_broker, metrics
-        self._rejected_share, self._clock = rejected_share, clock
+        self._rejected_share, self._snapshots, self._clock = rejected_share, snapshots, clock
         self._inbox: asyncio.Queue[ChunkEvent] = asyncio.Queue()
         self._batcher = Batcher(0, settings.batch_size, settings.batch_age_seconds, clock)
         self._unacknowledged: deque[tuple[int, ChunkEvent]] = deque()
@@ -95,6 +104,7 @@ class PartitionWorker:
 
         Raises:
             DependencyError: Kafka did not take or give what it had to, within the deadline.
+            RetentionExpiredError: clicks that are needed were deleted, and `retention_expired` is "fail".
             TooManyRejectedError: more than the allowed share of the input is no clicks.
         """
         try:
@@ -119,6 +129,9 @@ class PartitionWorker:
             await self._catch_up(chunk.first_offset)
         # What comes again after a rebalance is in the state and on its way already.
         start = int(np.searchsorted(chunk.offsets, self._batcher.next_offset))
+        if start < len(chunk) and chunk.offsets[start] > self._batcher.next_offset:
+            await self._pass_hole(int(chunk.offsets[start]))
+            start = int(np.searchsorted(chunk.offsets, self._batcher.next_offset))
         for low in range(start, len(chunk), SLICE_CLICKS):
             await self._take_slice(chunk, low, min(low + SLICE_CLICKS, len(chunk)))
         self._unacknowledged.append((chunk.next_offset, event))
@@ -181,31 +194,77 @@ class PartitionWorker:
         """Brings the state up to a chunk that does not follow upon it: after the start, or after another worker."""
         await self._close_by_age()  # sent twice at worst, which readers know to drop
         self.is_replaying = True
-        if self.state is None:
-            self.state = await asyncio.to_thread(PartitionState, self._settings.state_config())
-        before, started = self.state.next_offset, self._clock()
-        num_records = await asyncio.to_thread(
-            replay,
-            self.state,
-            self._clicks_on_broker,
-            self.partition,
-            first_offset,
-            batch_size=self._settings.batch_size,
-            max_click_bytes=self._settings.max_click_bytes,
-            cancelled=lambda: self._cancelled,
-        )
+        started = self._clock()
+        begin, num_records = await asyncio.to_thread(self._restore_and_replay, first_offset)
         self._batcher = Batcher(first_offset, self._settings.batch_size, self._settings.batch_age_seconds, self._clock)
+        self.committed = first_offset
         self.is_replaying = False
         self._metrics.replays.inc()
         self._metrics.replayed_clicks.inc(num_records)
         log.info(
             "replayed",
             partition=self.partition,
-            first_offset=before,
+            first_offset=begin,
             next_offset=first_offset,
             num_records=num_records,
             seconds=round(self._clock() - started, 3),
         )
+
+    def _restore_and_replay(self, stop: int) -> tuple[int, int]:
+        """In a thread. Returns where the replay began, and how many records it read."""
+        above = self.state.next_offset if self.state else 0
+        if self._snapshots and (restored := self._snapshots.load(self.partition, above, stop)):
+            self.state = restored
+        elif self.state is None:
+            self.state = PartitionState(self._settings.state_config())
+        state = self.state
+        begin = state.next_offset
+        if 0 < begin < stop:  # a state from nothing begins with the first click that there is
+            oldest, _ = self._clicks_on_broker.ends(self.partition, self._is_cancelled)
+            if oldest > begin:
+                self._count_gap("state", begin, min(oldest, stop))
+                if self._settings.retention_expired == "latest":
+                    state.next_offset = stop
+        num_records = replay(
+            state,
+            self._clicks_on_broker,
+            self.partition,
+            stop,
+            batch_size=self._settings.batch_size,
+            max_click_bytes=self._settings.max_click_bytes,
+            cancelled=self._is_cancelled,
+        )
+        return begin, num_records
+
+    async def _pass_hole(self, found: int) -> None:
+        """Looks why no record lies before `found`, and passes over what retention has deleted."""
+        assert self.state is not None
+        begin = self._batcher.next_offset
+        oldest, end = await asyncio.to_thread(self._clicks_on_broker.ends, self.partition, self._is_cancelled)
+        if oldest <= begin:
+            return  # compacted, or marks of transactions: nothing was lost
+        target = end if self._settings.retention_expired == "latest" else min(oldest, found)
+        self._count_gap("micro_batches", begin, target)
+        await self._close_by_age()
+        self.state.next_offset = target
+        self._batcher = Batcher(target, self._settings.batch_size, self._settings.batch_age_seconds, self._clock)
+
+    def _count_gap(self, of: str, begin: int, end: int) -> None:
+        what = (
+            f"clicks {begin} … {end - 1} of partition {self.partition} of topic {self._topics.clicks!r} were deleted "
+            f"by its retention before they were {'passed on' if of == 'micro_batches' else 'taken into the state'}"
+        )
+        if self._settings.retention_expired == "fail":
+            raise RetentionExpiredError(
+                f"{what}. They cannot be had back from Kafka. Set retention_expired to earliest, to go on with the "
+                "oldest clicks that are left, or to latest, to begin with those to come; and raise the topic's "
+                "retention above the longest time that the service may be away"
+            )
+        log.warning("retention expired", reason=what, retention_expired=self._settings.retention_expired)
+        self._metrics.gap.labels(of).inc(end - begin)
+
+    def _is_cancelled(self) -> bool:
+        return self._cancelled
 
 
 class Partitions:
@@ -230,6 +289,12 @@ class Partitions:
             task = self._tasks[partition] = asyncio.create_task(worker.run(), name=f"partition {partition}")
             task.add_done_callback(self._on_done)
         return self.workers[partition]
+
+    def note_committed(self, offsets: Mapping[int, int]) -> None:
+        """The broker has taken a commit of these offsets, by partition."""
+        for partition, offset in offsets.items():
+            if partition in self.workers:
+                self.workers[partition].committed = offset
 
     def keep_only(self, partitions: set[int]) -> None:
         """Ends the workers of all other partitions and forgets their state; what they had under way comes again."""

@@ -53,6 +53,21 @@ class StreamsSettings(KafkaSettings):
     drift_slow_clicks: float = Field(50_000, ge=1, le=1e9)
     """Window of the older one; longer."""
 
+    snapshots: str = "snapshots"
+    """Where partitions' states are kept, so that a start replays little: a directory, or any fsspec URL such as
+    s3://bucket/path (with its package installed). Workers that share it take over from each other's. Empty: nowhere;
+    then each start replays all clicks that Kafka still has."""
+    snapshot_interval_seconds: float = Field(30.0, ge=0.1, le=86_400)
+    """Time between snapshots of a partition, in seconds; a start replays about as much."""
+    keep_snapshots: int = Field(3, ge=1, le=100)
+    """Newest snapshots of each partition that are kept."""
+    retention_expired: Literal["fail", "earliest", "latest"] = "fail"
+    """If Kafka has deleted clicks that are needed still: fail: end with an explanation; earliest: go on with the oldest
+    that are left; latest: with those that are yet to come. What is passed over is counted."""
+    group_instance_id: str = Field("", pattern=r"^[A-Za-z0-9._-]{0,200}$")
+    """Name of this worker that it keeps through restarts (static membership), another for each: then a restart within
+    the session timeout moves no partition. Empty: none."""
+
     dependency_deadline_seconds: float = Field(60.0, ge=1, le=3_600)
     """The service ends if Kafka has not answered, or no click could be passed on, for so long, in seconds."""
     session_timeout_seconds: float = Field(6.0, ge=1, le=300)

@@ -36,7 +36,7 @@ RATE_SECONDS = 5.0
 """Rates are taken over this long."""
 DRAIN_SECONDS = 10.0
 """At the end, for the clicks that are under way."""
-BULKY = ("checkpoints", "models", "index")
+BULKY = ("checkpoints", "models", "index", "snapshots")
 """What a run leaves in its directory that nobody needs afterwards; the logs stay."""
 
 

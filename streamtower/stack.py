@@ -199,6 +199,8 @@ class Stack:
             }
             if self.servers.qdrant_api_key:
                 settings["qdrant_api_key"] = self.servers.qdrant_api_key
+        if service == "streams":
+            settings["snapshots"] = str(self._directory / "snapshots")
         if service == "trainer":
             settings |= {
                 "checkpoint_dir": str(self._directory / "checkpoints"),

@@ -39,7 +39,7 @@ class Service:
         self, kafka: str, topics: Topics, command: Sequence[str] = ("-m", "streams"), **settings: object
     ) -> None:
         self.log = Path(tempfile.mkstemp(prefix="streams-", suffix=".log")[1])
-        values = {"kafka": kafka, "topic_prefix": topics.prefix, "metrics_port": 0, **settings}
+        values = {"kafka": kafka, "topic_prefix": topics.prefix, "metrics_port": 0, "snapshots": "", **settings}
         environment = {name: value for name, value in os.environ.items() if not name.startswith("STREAMTOWER_")}
         environment |= {f"STREAMTOWER_STREAMS_{name.upper()}": str(value) for name, value in values.items()}
         with self.log.open("wb") as log:

@@ -65,7 +65,7 @@ class Event:
 
 
 class ClicksInMemory:
-    """The clicks of one partition, as `broker.ClicksOnBroker` reads them, some at a time."""
+    """The clicks of one partition, as `broker.ClicksOnBroker` gives them, some at a time; none below first_offset."""
 
     def __init__(self, values: Sequence[bytes | None], at_a_time: int = 100, first_offset: int = 0) -> None:
         self.values, self.at_a_time, self.first_offset = values, at_a_time, first_offset
@@ -81,6 +81,9 @@ class ClicksInMemory:
                 return
             high = min(low + self.at_a_time, stop)
             yield list(self.values[low:high]), np.arange(low, high)
+
+    def ends(self, partition: int, cancelled: Callable[[], bool]) -> tuple[int, int]:
+        return self.first_offset, len(self.values)
 
 
 class SenderInMemory:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,15 @@ from streams.contract import MicroBatch, Topics
 from streams.dead_letter import RejectedShare
 from streams.fetch import Chunk
 from streams.metrics import Metrics
-from streams.partition import SLICE_CLICKS, Partitions, PartitionWorker, TooManyRejectedError
+from streams.partition import (
+    SLICE_CLICKS,
+    Partitions,
+    PartitionWorker,
+    RetentionExpiredError,
+    TooManyRejectedError,
+)
 from streams.settings import StreamsSettings
+from streams.snapshot import Snapshots
 from streams.validate import Reason
 from tests.streams.references import Row, expected_rows
 from tests.streams.stand_ins import ClicksInMemory, Event, SenderInMemory, chunk, click, random_clicks
@@ -41,6 +50,9 @@ class Bench:
         batch_size: int = 64,
         batch_age_seconds: float = NEVER,
         max_rejected_ratio: float = 1.0,
+        snapshots: Path | None = None,
+        retention_expired: str = "fail",
+        first_offset: int = 0,
     ) -> None:
         settings = StreamsSettings(
             batch_size=batch_size,
@@ -49,10 +61,16 @@ class Bench:
             history_users=1_000,
             max_rejected_ratio=max_rejected_ratio,
             rejected_window_clicks=100,
+            retention_expired=retention_expired,
         )
         self.sender = sender or SenderInMemory()
-        self.clicks = ClicksInMemory(values)
+        self.clicks = ClicksInMemory(values, first_offset=first_offset)
         self.metrics = Metrics()
+        self.snapshots = None
+        if snapshots:
+            self.snapshots = Snapshots(
+                str(snapshots), "clicks", lambda: "id", settings.state_config(), self.metrics, keep=10
+            )
         self.worker = PartitionWorker(
             0,
             settings,
@@ -61,6 +79,7 @@ class Bench:
             self.clicks,  # type: ignore[arg-type]
             self.metrics,
             RejectedShare(max_rejected_ratio, settings.rejected_window_clicks),
+            self.snapshots,
         )
 
     @property
@@ -246,6 +265,91 @@ def test_an_undisturbed_and_a_disturbed_run_send_the_same_bytes() -> None:
     run(undisturbed.work(chunks(VALUES, []), until=lambda: undisturbed.worker.position == 640))
     run(disturbed.work(chunks(VALUES, [11, 400], 200), until=lambda: disturbed.worker.position == 640))
     assert disturbed.sender.micro_batches[1:] == undisturbed.sender.micro_batches[4:]
+
+
+def saved_at(folder: Path, offsets: list[int]) -> None:
+    """Snapshots of a worker that has passed on the clicks up to each of the offsets, multiples of 64."""
+    bench = Bench(snapshots=folder)
+    assert bench.snapshots
+    for offset in offsets:
+        run(bench.work(chunks(VALUES[:offset], []), until=lambda offset=offset: bench.worker.position == offset))
+        assert bench.worker.state
+        bench.snapshots.save(0, bench.worker.state.state(), offset)
+
+
+def test_from_a_snapshot_on_only_what_came_after_it_is_replayed_and_the_same_bytes_are_sent(tmp_path: Path) -> None:
+    undisturbed = Bench()
+    run(undisturbed.work(chunks(VALUES, []), until=lambda: undisturbed.worker.position == 640))
+    saved_at(tmp_path, [128, 256, 512])
+    for first_offset, snapshot in ((320, 256), (256, 256), (255, 128), (64, 0), (640, 512)):
+        bench = Bench(snapshots=tmp_path)
+        run(bench.work(chunks(VALUES, [], first_offset), until=lambda: bench.worker.position is not None))  # noqa: B023
+        assert bench.clicks.reads == [(snapshot, first_offset)]
+        bench = Bench(snapshots=tmp_path)
+        events = chunks(VALUES, [], first_offset)
+        run(bench.work(events, until=lambda: (bench.worker.position or 0) >= 640))  # noqa: B023
+        whole = [batch for batch in undisturbed.batches if batch.first_offset >= first_offset]
+        assert [b.encode() for b in bench.batches if b.first_offset % 64 == 0] == [batch.encode() for batch in whole]
+
+
+def test_if_retention_has_deleted_what_was_never_passed_on_it_ends_and_says_why() -> None:
+    bench = Bench(first_offset=300)
+    with pytest.raises(
+        RetentionExpiredError,
+        match=r"clicks 100 … 299 of partition 0 of topic 'clicks' were deleted.*passed on\. .* retention_expired",
+    ):
+        run(bench.work([late_event(100, 300)], until=lambda: False))
+    assert bench.sender.micro_batches == []
+
+
+def late_event(committed: int, first_offset: int) -> Event:
+    """The first chunk after the committed offset, of which the beginning is gone, as the Faust extension gives it."""
+    return Event(replace(chunk(VALUES[first_offset:], first_offset), first_offset=committed))
+
+
+def test_told_to_take_the_earliest_it_goes_on_with_the_oldest_click_that_is_left_and_counts_the_gap() -> None:
+    bench = Bench(first_offset=300, retention_expired="earliest")
+    event = late_event(100, 300)
+    run(bench.work([event], until=lambda: bench.worker.position == 640))
+    assert [(b.first_offset, b.next_offset) for b in bench.batches][:2] == [(300, 320), (320, 384)]
+    assert bench.metric("gap_offsets_total", of="micro_batches") == 200
+    assert bench.metric("gap_offsets_total", of="state") == 0
+
+
+def test_told_to_take_the_latest_it_passes_over_all_that_is_there() -> None:
+    bench = Bench(VALUES, first_offset=300, retention_expired="latest", batch_size=8)
+    event = late_event(100, 300)
+    run(bench.work([event], until=lambda: event.acked))
+    assert (bench.worker.position, bench.sender.micro_batches) == (len(VALUES), [])
+    assert bench.metric("gap_offsets_total", of="micro_batches") == len(VALUES) - 100
+    values = random_clicks(16, 1)
+    run(bench.work([Event(chunk(values, len(VALUES)))], until=lambda: len(bench.batches) == 2))
+    assert bench.batches[0].first_offset == len(VALUES)
+
+
+@pytest.mark.parametrize("retention_expired", ["fail", "earliest", "latest"])
+def test_clicks_deleted_behind_a_snapshot_are_a_gap_in_the_state(tmp_path: Path, retention_expired: str) -> None:
+    saved_at(tmp_path, [128])
+    bench = Bench(snapshots=tmp_path, first_offset=300, retention_expired=retention_expired)
+    events = chunks(VALUES, [], 320)
+    if retention_expired == "fail":
+        with pytest.raises(RetentionExpiredError, match=r"clicks 128 … 299 .* taken into the state"):
+            run(bench.work(events, until=lambda: False))
+        return
+    run(bench.work(events, until=lambda: bench.worker.position == 640))
+    assert [(b.first_offset, b.next_offset) for b in bench.batches][:1] == [(320, 384)]
+    assert bench.metric("gap_offsets_total", of="state") == 172
+    assert bench.worker.state
+    seen = 640 - (320 if retention_expired == "latest" else 300) + 128
+    rejected = sum(n in (5, 6, 300) for n in [*range(128), *range(320 if retention_expired == "latest" else 300, 640)])
+    assert bench.worker.state.estimator.step == seen - rejected
+
+
+def test_without_a_snapshot_a_state_begins_with_the_oldest_click_and_that_is_no_gap(tmp_path: Path) -> None:
+    bench = Bench(snapshots=tmp_path, first_offset=300)
+    run(bench.work(chunks(VALUES, [], 320), until=lambda: bench.worker.position == 640))
+    assert bench.metric("gap_offsets_total", of="state") == 0
+    assert bench.clicks.reads == [(0, 320)]
 
 
 def test_a_record_that_cannot_be_sent_ends_the_worker_without_an_acknowledgement() -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +143,26 @@ def test_after_kill_9_in_the_middle_every_click_is_there_once_and_the_same(
         replayed = second.events("replayed")
         assert sorted(line["partition"] for line in replayed) == [0, 1]
         assert all(line["num_records"] == line["next_offset"] > 1_000 for line in replayed)
+        assert second.stop() == 0
+    assert_all_once_and_right(kafka, topics, written)
+
+
+@pytest.mark.slow
+def test_after_kill_9_it_goes_on_from_its_snapshot_and_every_click_is_there_once_and_the_same(
+    kafka: str, topics: Topics, stream: Stream, tmp_path: Path
+) -> None:
+    settings = {**THROUGH_PAUSES, "snapshots": tmp_path, "snapshot_interval_seconds": 0.5}
+    with Service(kafka, topics, **settings).wait_until_ready() as first:
+        wait_for(lambda: {line["partition"] for line in first.events("snapshot")[4:]} == {0, 1}, "two snapshots each")
+        wait_for(lambda: min(committed(kafka, topics).values()) > 1_000, "something committed")
+        first.stop(signal.SIGKILL)
+    with Service(kafka, topics, **settings).wait_until_ready() as second:
+        wait_for(lambda: len(second.events("replayed")) == 2, "replays")
+        written = stream.finish()
+        wait_until_passed_on(kafka, topics, {partition: len(values) for partition, values in written.items()})
+        for line in second.events("replayed"):
+            assert line["first_offset"] > 0
+            assert line["num_records"] == line["next_offset"] - line["first_offset"]
         assert second.stop() == 0
     assert_all_once_and_right(kafka, topics, written)
 
