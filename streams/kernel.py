@@ -1,6 +1,6 @@
 """Compiles the loops of the core that walk clicks one after the other.
 
-Station: none; it is how `frequency`, `history` and `drift` stay fast. It knows nothing of what they compute.
+Station: none; it is how `frequency`, `decayed_counts`, `history` and `drift` stay fast, whatever they compute.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("streams", "trainer", "retriever", "streamtower")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 CORE = {
-    "streams": ("contract", "validate", "frequency", "drift", "history", "batcher"),
+    "streams": ("contract", "validate", "frequency", "decayed_counts", "drift", "history", "batcher"),
     "trainer": ("contract", "towers", "loss", "step", "evaluate"),
 }
 

@@ -41,6 +41,21 @@ class SlowGaps:
         return 1 / max(1.0, gap if in_batch else max(gap, self.step - self.last[item]))
 
 
+class SlowCounts:
+    """Decayed counts in dictionaries without collisions: every count fades at every click."""
+
+    def __init__(self, half_life: float) -> None:
+        self.decay = 0.5 ** (1 / half_life)
+        self.counts: dict[int, float] = {}
+        self.total = self.squares = 0.0
+
+    def click(self, item: int) -> None:
+        self.counts = {each: count * self.decay for each, count in self.counts.items()}
+        self.counts[item] = self.counts.get(item, 0.0) + 1
+        self.total = self.total * self.decay + 1
+        self.squares = self.squares * self.decay**2 + 1
+
+
 class SlowHistories:
     """The same, one click after the other."""
 
