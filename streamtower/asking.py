@@ -6,7 +6,10 @@ Station: the caller's side of the retriever. It computes no score.
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -53,9 +56,17 @@ def lines_for(retriever: str, qdrant: str, alias: str, user_id: str, item_id: st
     url = "" if retriever == "http://127.0.0.1:8080" else f" --url {retriever}"
     return {
         "curl": f"curl -s {retriever}/v1/candidates -H 'content-type: application/json' -d '{body}'",
-        "streamtower": f"streamtower query {user_id} -k 5{url}",
+        "streamtower": f"{_command()} query {user_id} -k 5{url}",
         "python": "from qdrant_client import QdrantClient\n"
         f'client = QdrantClient("{qdrant}", headers={{"accept-encoding": "identity"}})\n'
         f"for point in client.query_points({alias!r}, query={hash_id(item_id)}, using={DENSE!r}, limit=5).points:\n"
         '    print(point.score, point.payload["item_id"])',
     }
+
+
+def _command() -> str:
+    """How this shell finds `streamtower`: it is in a virtual environment that need not be on the PATH."""
+    if shutil.which("streamtower"):
+        return "streamtower"
+    script = Path(sys.executable).with_name("streamtower")
+    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)

@@ -170,10 +170,9 @@ def test_the_lines_that_the_demo_shows_work_as_they_are(chain: Chain) -> None:
     assert len(answer["candidates"]) == 5
     assert set(answer["candidates"][0]["payload"]) >= {"colour", "number"}
 
-    assert lines["streamtower"].startswith("streamtower query user-5 -k 5")
-    command = [sys.executable, "-m", *lines["streamtower"].split()]
-    command += [] if "--url" in command else ["--url", chain.stack.retriever]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    told = subprocess.run(
+        lines["streamtower"], shell=True, capture_output=True, text=True, check=True, timeout=30
+    ).stdout
     assert [line.split()[1] for line in told.splitlines()] == chain.ids(user_id="user-5", k=5)
 
     python = subprocess.run([sys.executable, "-c", lines["python"]], capture_output=True, text=True, timeout=30)

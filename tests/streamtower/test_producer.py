@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from pathlib import Path
 
 import pytest
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
@@ -123,3 +125,18 @@ def test_an_error_inside_with_is_heard_and_not_that_of_the_flush() -> None:
     with pytest.raises(ZeroDivisionError), ClickProducer({"bootstrap.servers": "127.0.0.1:1"}) as producer:
         producer.produce(ClickEvent("anna", "tea", 1.0))
         raise ZeroDivisionError
+
+
+@pytest.mark.broker
+def test_what_the_readme_shows_in_python_sends_a_click_and_an_item(kafka: str, topics: Topics) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (shown,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    place = '{"bootstrap.servers": "127.0.0.1:9092"}'
+    assert place in shown
+    exec(shown.replace(place, f'{{"bootstrap.servers": "{kafka}"}}, topics'), {"topics": topics})
+    (click,) = read_all(kafka, topics.clicks)
+    assert click.key() == b"1899"
+    (click_event,) = re.findall(r"```json\n(.*?)```", readme, flags=re.DOTALL)
+    assert json.loads(click.value()).keys() == json.loads(click_event).keys() - {"reward"}  # its default is left out
+    (item,) = read_all(kafka, topics.items)
+    assert json.loads(item.value())["payload"] == {"in_stock": True}

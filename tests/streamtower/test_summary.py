@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -121,4 +123,22 @@ def test_on_a_terminal_there_is_one_table_and_how_to_ask_below() -> None:
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8080", "http://127.0.0.1:4321"])
 def test_the_line_for_the_command_names_the_url_only_where_it_must(url: str) -> None:
     line = lines_for(url, "http://q", "items", "anna", "tea")["streamtower"]
-    assert line == "streamtower query anna -k 5" + ("" if url.endswith("8080") else f" --url {url}")
+    assert line.endswith("streamtower query anna -k 5" + ("" if url.endswith("8080") else f" --url {url}"))
+
+
+def test_the_command_is_named_as_the_shell_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scripts = tmp_path / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "streamtower").write_text("#!/bin/sh\n")
+    (scripts / "streamtower").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(scripts / "python"))
+
+    def first_word() -> str:
+        return lines_for("http://r", "http://q", "items", "anna", "tea")["streamtower"].split()[0]
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert first_word() == str(scripts / "streamtower")
+    monkeypatch.chdir(tmp_path)
+    assert first_word() == ".venv/bin/streamtower"
+    monkeypatch.setenv("PATH", str(scripts))
+    assert first_word() == "streamtower"
