@@ -30,6 +30,7 @@ from streams.chunks import ChunkApp
 from streams.contract import Topics
 from streams.dead_letter import EXIT_BAD_INPUT, RejectedShare
 from streams.metrics import Metrics
+from streams.movers import top_movers
 from streams.partition import Partitions, PartitionWorker, RetentionExpiredError, TooManyRejectedError
 from streams.send import Sender, TooLargeError
 from streams.service import EXIT_BUG, EXIT_CONFIGURATION, EXIT_DEPENDENCY, ConfigurationError
@@ -237,7 +238,9 @@ def warm_up() -> None:
     values: list[bytes | None] = [b'{"user_id":"u","item_id":"i","event_time":1}']
     offsets = np.zeros(1, np.int64)
     clicks, _ = validate(values, offsets, offsets.astype(np.float64))
-    learnt = PartitionState(StateConfig(num_buckets=2, max_users=1)).learn(clicks, 1)
+    state = PartitionState(StateConfig(num_buckets=2, max_users=1))
+    learnt = state.learn(clicks, 1)
+    top_movers([state.movers])
     micro_batch(0, Cut(0, 1, clicks, CloseReason.SIZE), learnt).encode()
 
 

@@ -17,6 +17,9 @@ from streams.contract import Float64Array, UInt64Array
 from streams.frequency import Estimate, bucket_of, check_alike, check_size, collision_ratio
 from streams.kernel import kernel
 
+_TABLE_AGES = 1_024
+"""Decays of younger buckets are looked up: most buckets that are hit are, and 2^x is the costliest part of a click."""
+
 
 class DecayedCountEstimator:
     """Decayed counts C of each bucket, one per half-life h, brought up to date only when the bucket is hit or asked.
@@ -59,6 +62,7 @@ class DecayedCountEstimator:
         self.num_occupied = 0
         """Buckets that were ever hit, over all hashes."""
         self._rates: Float64Array = 1 / np.array(self.half_lives)
+        self._decays: Float64Array = np.exp2(-np.arange(_TABLE_AGES)[:, None] * self._rates)
         # [hash, bucket, A and then C of each half-life]: A is a whole number below 2^53, exact in a float.
         self._buckets: Float64Array = np.zeros((num_hashes, num_buckets, 1 + len(self.half_lives)))
         # Σ weight and Σ weight² of all clicks, for each half-life.
@@ -66,7 +70,7 @@ class DecayedCountEstimator:
 
     def update(self, item_hash: UInt64Array) -> None:
         """Counts clicks: uint64 [n], in the order of the stream."""
-        hits = _update(self._buckets, self._totals, item_hash, self.step, self._rates, self.conservative)
+        hits = _update(self._buckets, self._totals, item_hash, self.step, self._rates, self._decays, self.conservative)
         self.num_occupied += int(hits)
         self.step += len(item_hash)
 
@@ -77,7 +81,7 @@ class DecayedCountEstimator:
         thousand half-lives; `log_q` tells them apart.
         """
         weight, squares = np.maximum(self._totals, 1e-300)
-        share = _least_counts(self._buckets, item_hash, self.step, self._rates, False) / weight
+        share = _least_counts(self._buckets, item_hash, self.step, self._rates, self._decays, False) / weight
         return Estimate(share, share * weight**2 / squares)
 
     def log_q(self, item_hash: UInt64Array) -> Float64Array:
@@ -87,7 +91,7 @@ class DecayedCountEstimator:
         """
         with np.errstate(divide="ignore"):
             log_weight = np.log(self._totals[0]) if self.step else np.zeros(len(self.half_lives))
-        log2_counts = _least_counts(self._buckets, item_hash, self.step, self._rates, True)
+        log2_counts = _least_counts(self._buckets, item_hash, self.step, self._rates, self._decays, True)
         return log2_counts * math.log(2) - log_weight
 
     @property
@@ -149,24 +153,30 @@ class DecayedCountEstimator:
 
 
 @kernel
+def _decay(age: float, j: int, rates: Float64Array, decays: Float64Array) -> float:
+    """What half-life j leaves of a count after `age` clicks."""
+    return float(decays[int(age), j] if age < len(decays) else np.exp2(-age * rates[j]))
+
+
+@kernel
 def _update(
     buckets: Float64Array,
     totals: Float64Array,
     item_hash: UInt64Array,
     step: int,
     rates: Float64Array,
+    decays: Float64Array,
     conservative: bool,
 ) -> int:
     num_hashes, num_buckets = buckets.shape[0], buckets.shape[1]
-    decay = np.exp2(-rates)
     newly_occupied = 0
     least = np.empty(len(rates))
     own = np.empty(num_hashes, np.uint64)
     for i in range(len(item_hash)):
         step += 1
         for j in range(len(rates)):
-            totals[0, j] = totals[0, j] * decay[j] + 1.0
-            totals[1, j] = totals[1, j] * decay[j] * decay[j] + 1.0
+            totals[0, j] = totals[0, j] * decays[1, j] + 1.0
+            totals[1, j] = totals[1, j] * decays[1, j] * decays[1, j] + 1.0
             least[j] = np.inf
         for k in range(num_hashes):
             own[k] = bucket = bucket_of(item_hash[i], k, num_buckets)
@@ -174,7 +184,7 @@ def _update(
             if last_seen_step == 0:
                 newly_occupied += 1
             for j in range(len(rates)):
-                count = buckets[k, bucket, 1 + j] * np.exp2((last_seen_step - step) * rates[j])
+                count = buckets[k, bucket, 1 + j] * _decay(step - last_seen_step, j, rates, decays)
                 buckets[k, bucket, 1 + j] = count
                 least[j] = min(least[j], count)
             buckets[k, bucket, 0] = step
@@ -187,7 +197,7 @@ def _update(
 
 @kernel
 def _least_counts(
-    buckets: Float64Array, item_hash: UInt64Array, step: int, rates: Float64Array, in_log2: bool
+    buckets: Float64Array, item_hash: UInt64Array, step: int, rates: Float64Array, decays: Float64Array, in_log2: bool
 ) -> Float64Array:
     """The decayed count, or its log2, the least over the hashes: [n, number of half-lives]."""
     counts = np.full((len(item_hash), len(rates)), np.inf)
@@ -197,6 +207,6 @@ def _least_counts(
             age = step - buckets[k, bucket, 0]
             for j in range(len(rates)):
                 count = buckets[k, bucket, 1 + j]
-                count = np.log2(count) - age * rates[j] if in_log2 else count * np.exp2(-age * rates[j])
+                count = np.log2(count) - age * rates[j] if in_log2 else count * _decay(age, j, rates, decays)
                 counts[i, j] = min(counts[i, j], count)
     return counts

@@ -38,6 +38,33 @@ class Metrics:
             "frequency_drift_noise_ratio",
             "The total variation distance that sampling alone would give if the item distribution had not moved.",
         )
+        self.js_drift = gauge(
+            "js_drift_ratio",
+            "Jensen-Shannon distance of the same shares, 0 to 1, noise taken off likewise: distance^2 = 1/2 * sum "
+            "of f*log2(f/m) + 1/2 * sum of s*log2(s/m), with f recent, s older and m = (f + s) / 2.",
+        )
+        self.js_drift_noise = gauge(
+            "js_drift_noise_ratio",
+            "The Jensen-Shannon distance that sampling alone would give if the item distribution had not moved.",
+        )
+        self.stability_index = gauge(
+            "popularity_stability_index",
+            "PSI: sum over the deciles of popularity of (f - s) * ln(f / s), f and s being its shares of recent and of "
+            "older clicks, minus what sampling alone would give, at least 0; 0.1 is moderate, 0.25 significant.",
+        )
+        self.stability_noise = gauge(
+            "popularity_stability_noise_index",
+            "The PSI that sampling alone would give if the item distribution had not moved.",
+        )
+        self.young_clicks = gauge(
+            "young_clicks_ratio",
+            "Share of recent clicks whose item had its first click less than young_minutes before, by event time.",
+        )
+        self.young_clicks_usual = gauge("young_clicks_usual_ratio", "The same share of older clicks.")
+        self.young_clicks_noise = gauge(
+            "young_clicks_noise_ratio",
+            "Standard deviation of young_clicks_ratio - young_clicks_usual_ratio while nothing moves.",
+        )
         self.clicks = counter(
             "clicks_total", "Records taken from the clicks topic, accepted or not; delivered again: counted again."
         )

@@ -52,6 +52,8 @@ class StreamsSettings(KafkaSettings):
     """Window of the newer of the two item distributions that the drift compares, in clicks of a partition."""
     drift_slow_clicks: float = Field(50_000, ge=1, le=1e9)
     """Window of the older one; longer."""
+    young_minutes: float = Field(60.0, gt=0, le=5_256_000)
+    """An item is young for so many minutes after its first click; how many clicks go to young items is a metric."""
 
     snapshots: str = "snapshots"
     """Where partitions' states are kept, so that a start replays little: a directory, or any fsspec URL such as
@@ -101,4 +103,5 @@ class StreamsSettings(KafkaSettings):
             history_length=self.history_length,
             drift_fast_clicks=self.drift_fast_clicks,
             drift_slow_clicks=self.drift_slow_clicks,
+            young_minutes=self.young_minutes,
         )

@@ -34,7 +34,7 @@ from streams.metrics import Metrics
 from streams.service import ConfigurationError
 from streams.state import PartitionState, StateConfig
 
-FORMAT = 1
+FORMAT = 2
 _MAGIC = b"streamtower snapshot\n"
 _NAME = re.compile(r"^(\d{20})-([0-9a-f]{16})\.snapshot$")
 _CHECKSUM_BYTES = 16

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,18 @@ from streams.contract import Float32Array, Int64Array, UInt64Array
 from streams.drift import DriftTracker
 from streams.frequency import EstimatorMode, GapEstimator
 from streams.history import UserHistories
+from streams.movers import MoverTracker
+from streams.newcomers import NewcomerTracker
 from streams.validate import Clicks
+
+MOVER_BUCKETS = 2**16
+"""At most: rising and falling items have many clicks, and are told apart by fewer buckets than all items are."""
+
+
+class _Part(Protocol):
+    def state(self) -> dict[str, npt.NDArray[Any]]: ...
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class StateConfig:
     history_length: int = 20
     drift_fast_clicks: float = 5_000
     drift_slow_clicks: float = 50_000
+    young_minutes: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,10 @@ class PartitionState:
         """The next offset to learn: every click below it is in the state."""
         self.estimator = GapEstimator(config.num_buckets, config.num_hashes, config.alpha, config.mode)
         self.histories = UserHistories(config.max_users, config.history_length)
-        self.drift = DriftTracker(fast_clicks=config.drift_fast_clicks, slow_clicks=config.drift_slow_clicks)
+        fast, slow = config.drift_fast_clicks, config.drift_slow_clicks
+        self.drift = DriftTracker(fast_clicks=fast, slow_clicks=slow)
+        self.newcomers = NewcomerTracker(config.young_minutes, fast, slow, config.num_buckets)
+        self.movers = MoverTracker(fast, slow, min(config.num_buckets, MOVER_BUCKETS))
 
     def learn(self, clicks: Clicks, next_offset: int) -> Learnt:
         """Takes the accepted clicks among the offsets self.next_offset … next_offset − 1 into the state.
@@ -73,14 +88,17 @@ class PartitionState:
         history_values, history_offsets = self.histories.join(clicks.user_hash, clicks.item_hash)
         self.estimator.update(clicks.item_hash)
         self.drift.update(clicks.item_hash)
+        self.newcomers.update(clicks.item_hash, clicks.event_time)
+        self.movers.update(clicks.item_hash, clicks.item_id)
         self.next_offset = next_offset
         sampling_probability = self.estimator.sampling_probability(clicks.item_hash, in_batch=True)
         return Learnt(history_values, history_offsets, sampling_probability)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything, flat: names like "histories.items". A copy."""
-        parts = {"estimator": self.estimator, "histories": self.histories, "drift": self.drift}
-        flat = {f"{part}.{name}": array for part, owner in parts.items() for name, array in owner.state().items()}  # type: ignore[attr-defined]
+        flat = {
+            f"{part}.{name}": array for part, owner in self._parts().items() for name, array in owner.state().items()
+        }
         return {"next_offset": np.array(self.next_offset, np.int64), **flat}
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -94,7 +112,15 @@ class PartitionState:
             prefix = f"{part}."
             return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
 
-        self.estimator.restore(of("estimator"))
-        self.histories.restore(of("histories"))
-        self.drift.restore(of("drift"))
+        for part, owner in self._parts().items():
+            owner.restore(of(part))
         self.next_offset = int(state["next_offset"])
+
+    def _parts(self) -> dict[str, _Part]:
+        return {
+            "estimator": self.estimator,
+            "histories": self.histories,
+            "drift": self.drift,
+            "newcomers": self.newcomers,
+            "movers": self.movers,
+        }

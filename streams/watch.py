@@ -14,13 +14,18 @@ from typing import Protocol
 import structlog
 
 from streams.broker import ClicksOnBroker, DependencyError
-from streams.drift import frequency_drift
+from streams.drift import frequency_drift, jensen_shannon, population_stability
 from streams.metrics import Metrics
+from streams.movers import top_movers
+from streams.newcomers import young_clicks
 from streams.state import PartitionState
 
 MEASURE_SECONDS = 1.0
 LOOK_EVERY = 5
 """The broker is asked at each so many measurements."""
+LOG_DRIFT_EVERY = 60
+"""So are the drift and the items that move most logged."""
+NUM_LOGGED_MOVERS = 10
 
 log = structlog.get_logger("streams")
 
@@ -57,7 +62,8 @@ class Watcher:
     ) -> None:
         self._partitions, self._clicks_on_broker, self._metrics = partitions, clicks_on_broker, metrics
         self._deadline_seconds, self._clock = deadline_seconds, clock
-        self._answered_at = self._moved_at = clock()
+        self._answered_at = clock()
+        self._moved_at: dict[int, float] = {}
         self._positions: dict[int, int] = {}
 
     async def run(self) -> None:
@@ -71,6 +77,8 @@ class Watcher:
             self.measure()
             if turn % LOOK_EVERY == 0:
                 await self.look()
+            if turn % LOG_DRIFT_EVERY == LOG_DRIFT_EVERY - 1:
+                self.log_drift()
             turn += 1
             await asyncio.sleep(MEASURE_SECONDS)
 
@@ -78,12 +86,34 @@ class Watcher:
         """Sets the gauges that need no broker."""
         workers = list(self._partitions.workers.values())
         states = [worker.state for worker in workers if worker.state]
-        drift = frequency_drift([state.drift for state in states])
-        self._metrics.frequency_drift.set(drift.corrected)
-        self._metrics.frequency_drift_noise.set(drift.noise)
+        trackers = [state.drift for state in states]
+        variation, divergence = frequency_drift(trackers), jensen_shannon(trackers)
+        self._metrics.frequency_drift.set(variation.corrected)
+        self._metrics.frequency_drift_noise.set(variation.noise)
+        self._metrics.js_drift.set(divergence.corrected)
+        self._metrics.js_drift_noise.set(divergence.noise)
+        stability = population_stability(trackers)
+        self._metrics.stability_index.set(stability.corrected)
+        self._metrics.stability_noise.set(stability.noise)
+        young = young_clicks([state.newcomers for state in states])
+        self._metrics.young_clicks.set(young.share)
+        self._metrics.young_clicks_usual.set(young.usual)
+        self._metrics.young_clicks_noise.set(young.noise)
         self._metrics.estimator_occupied.set(max((state.estimator.occupied_ratio for state in states), default=0.0))
         self._metrics.history_users.set(sum(len(state.histories) for state in states))
         self._metrics.replaying.set(sum(worker.is_replaying for worker in workers))
+
+    def log_drift(self) -> None:
+        """Logs how far the items' shares have moved, and which items' have most."""
+        states = [worker.state for worker in self._partitions.workers.values() if worker.state]
+        variation = frequency_drift([state.drift for state in states])
+        movers = top_movers([state.movers for state in states], NUM_LOGGED_MOVERS)
+        log.info(
+            "drift",
+            total_variation=round(variation.corrected, 4),
+            noise=round(variation.noise, 4),
+            log_ratios={mover.item_id: round(mover.log_ratio, 2) for mover in movers},
+        )
 
     async def look(self) -> None:
         """Asks the broker how far the topic goes, and compares."""
@@ -97,21 +127,25 @@ class Watcher:
             return
         now = self._answered_at = self._clock()
         self._metrics.kafka_up.set(1)
-        positions, lag = {}, 0
+        positions, total, stuck = {}, 0, {}
         for partition, (first, end, committed) in bounds.items():
             worker = self._partitions.workers.get(partition)
             position = worker.position if worker else None
             if position is None:
                 position = first if committed is None else committed
             positions[partition] = position
-            lag += max(0, end - max(position, first))
-        self._metrics.consumer_lag.set(lag)
-        is_replaying = any(worker.is_replaying for worker in self._partitions.workers.values())
-        if lag == 0 or is_replaying or positions != self._positions:
-            if positions != self._positions:
-                log.info("progress", lag=lag, positions=positions)
-            self._moved_at, self._positions = now, positions
-        elif now - self._moved_at > self._deadline_seconds:
+            lag = max(0, end - max(position, first))
+            total += lag
+            if lag == 0 or (worker and worker.is_replaying) or self._positions.get(partition) != position:
+                self._moved_at[partition] = now
+            elif now - self._moved_at[partition] > self._deadline_seconds:
+                stuck[partition] = position
+        self._metrics.consumer_lag.set(total)
+        if positions != self._positions:
+            log.info("progress", lag=total, positions=positions)
+            self._positions = positions
+        if stuck:
             raise DependencyError(
-                f"{lag} clicks wait in Kafka at {positions}, and none was passed on for {self._deadline_seconds:g} s"
+                f"{total} clicks wait in Kafka at {positions}, and none was passed on from {stuck} for "
+                f"{self._deadline_seconds:g} s"
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import structlog
 
 from streams.broker import DependencyError
 from streams.contract import hash_ids
@@ -83,7 +84,34 @@ def test_when_clicks_wait_and_none_is_passed_on_for_the_deadline_it_fails() -> N
     bench.broker.answer = {0: (0, 100, 10), 1: (0, 0, None)}
     bench.look()
     bench.look(60)
-    with pytest.raises(DependencyError, match=r"60 clicks wait .*\{0: 40, 1: 0\}.* for 60 s"):
+    with pytest.raises(DependencyError, match=r"60 clicks wait .*\{0: 40, 1: 0\}.* from \{0: 40\} for 60 s"):
+        bench.look(1)
+
+
+def test_a_partition_that_stands_still_is_noticed_while_others_move() -> None:
+    bench = Bench()
+    bench.partitions.workers = {0: Worker(position=40), 1: (moving := Worker(position=0))}
+    bench.broker.answer = {0: (0, 100, 10), 1: (0, 1_000, None)}
+    bench.look()
+    for _ in range(6):
+        moving.position += 10
+        bench.look(10)
+    with pytest.raises(DependencyError, match=r"from \{0: 40\} for 60 s"):
+        moving.position += 10
+        bench.look(10)
+
+
+def test_a_partition_that_comes_back_has_its_time_again() -> None:
+    bench = Bench()
+    bench.partitions.workers = {0: Worker(position=40)}
+    bench.broker.answer = {0: (0, 100, 40), 1: (0, 0, None)}
+    bench.look()
+    bench.partitions.owned = {1}
+    bench.look(100)
+    bench.partitions.owned = {0, 1}
+    bench.look(100)
+    bench.look(60)
+    with pytest.raises(DependencyError, match="60 clicks wait"):
         bench.look(1)
 
 
@@ -130,6 +158,8 @@ def test_gauges_sum_up_the_partitions_states() -> None:
         state.histories.join(users, users)
         state.estimator.update(items[:1])
         state.drift.update(np.repeat(items, [1_000, 20]))
+        state.newcomers.update(np.repeat(items, [1_000, 10]), np.arange(1_010) * 60.0)
+        state.movers.update(np.repeat(items, [1_000, 20]), np.repeat(["a", "b"], [1_000, 20]).tolist())
     bench.partitions.workers = {n: Worker(state=state) for n, state in enumerate(states)}
     bench.partitions.workers[2] = Worker(is_replaying=True)
     bench.watcher.measure()
@@ -138,3 +168,14 @@ def test_gauges_sum_up_the_partitions_states() -> None:
     assert bench.gauge("replaying_partitions") == 1
     assert bench.gauge("frequency_drift_ratio") == pytest.approx(np.exp(-0.2) - np.exp(-2), abs=0.03)
     assert 0 < bench.gauge("frequency_drift_noise_ratio") < 0.2
+    assert bench.gauge("js_drift_ratio") > bench.gauge("js_drift_noise_ratio") > 0
+    assert bench.gauge("popularity_stability_index") > bench.gauge("popularity_stability_noise_index") > 0
+    assert bench.gauge("young_clicks_ratio") == pytest.approx(1 - np.exp(-1), abs=1e-3)
+    assert bench.gauge("young_clicks_usual_ratio") == pytest.approx(1 - np.exp(-0.1), abs=1e-3)
+    assert 0 < bench.gauge("young_clicks_noise_ratio") < 0.2
+    with structlog.testing.capture_logs() as logs:
+        bench.watcher.log_drift()
+    [entry] = logs
+    assert (entry["event"], set(entry["log_ratios"])) == ("drift", {"a", "b"})
+    assert entry["total_variation"] == pytest.approx(bench.gauge("frequency_drift_ratio"), abs=1e-4)
+    assert entry["log_ratios"]["b"] == pytest.approx(np.log((1 - np.exp(-2)) / (1 - np.exp(-0.2))), abs=0.01)
