@@ -32,7 +32,7 @@ LOG = "streamtower-install.log"
 OLDEST_PYTHON = (3, 11)
 TORCH = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-EXTRAS = {"demo": "embedded", "test": "embedded,dev"}
+EXTRAS = {"demo": "embedded", "test": "embedded,dev,evaluate"}
 IS_WINDOWS = os.name == "nt"
 
 

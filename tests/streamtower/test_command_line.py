@@ -16,7 +16,7 @@ import pytest
 
 from streams.contract import Topics
 
-COMMANDS = ("demo", "produce", "query", "topics")
+COMMANDS = ("demo", "evaluate", "produce", "query", "topics")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

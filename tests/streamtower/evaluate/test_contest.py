@@ -1,0 +1,104 @@
+"""The trainer's model in the contest: fed as in the trainer's loop, its answers in the stream's codes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from streams.contract import ItemEvent
+from streamtower.evaluate.contest import TowersContestant, evaluated_model, item_changes, run
+from streamtower.evaluate.evaluation import evaluate_contest, trainer_settings
+from streamtower.evaluate.ranking import NUM_BEST
+from streamtower.evaluate.replay import read_clicks, stream
+from tests.streamtower.evaluate.clicks_at_hand import (
+    STATE,
+    STREAMS,
+    TRAINER,
+    dataset,
+    random_dataset,
+    random_stream,
+)
+
+
+def test_the_model_is_tested_on_every_click_before_it_learns_it() -> None:
+    clicks = random_stream(200)
+    seen = run(TowersContestant(clicks, TRAINER, {}), clicks).seen
+    model = evaluated_model(TRAINER)
+    for number, block in enumerate(clicks.blocks):
+        rows = slice(16 * number, 16 * number + len(block))
+        ranks = model.learn(block.batch, number + 1).ranks
+        if ranks is None:
+            assert np.isinf(seen.rank[rows]).all()
+        else:
+            assert seen.rank[rows].tolist() == ranks.rank.tolist()
+    assert np.isfinite(seen.rank).tolist() == clicks.is_candidate.tolist()
+
+
+def test_best_items_are_candidates_in_the_streams_codes() -> None:
+    clicks = random_stream(200)
+    contestant = TowersContestant(clicks, TRAINER, {})
+    hits = 0
+    for block in clicks.blocks:
+        seen = contestant.observe(block)
+        for row in range(len(block)):
+            best = seen.best[row][seen.best[row] >= 0].tolist()
+            low, high = block.history_offsets[row : row + 2]
+            assert (
+                len(best)
+                == len(set(best))
+                == min(
+                    NUM_BEST, block.num_known - len({h for h in block.history_values[low:high] if h < block.num_known})
+                )
+            )
+            assert not set(best) & set(block.history_values[low:high].tolist())
+            assert all(item < block.num_known for item in best)
+            assert (block.target[row] in best) == (seen.rank[row] <= NUM_BEST)
+            hits += block.target[row] in best
+    assert hits
+
+
+def test_an_items_features_are_told_after_its_first_click() -> None:
+    events = [ItemEvent(item_id=f"i{number}", features={"brand": f"b{number}"}) for number in range(60)]
+    plain = random_dataset(64)
+    [piece] = plain.clicks()
+    data = dataset(piece.user_id.to_pylist(), piece.item_id.to_pylist(), piece.event_time.tolist(), events)
+    settings = trainer_settings(data, embedding_dim=8, row_dim=8, item_rows=512, feature_rows=64, max_items=1000)
+    assert [feature.name for feature in evaluated_model(settings).learner.config.item] == ["brand"]
+    clicks = stream(read_clicks(data, STREAMS)[0], STATE)
+    contestant = TowersContestant(clicks, settings, item_changes(data))
+    for block in clicks.blocks:
+        contestant.observe(block)
+        catalogue = contestant.model.catalogue
+        assert sorted(catalogue.item_hash.tolist()) == sorted(clicks.item_hash[: len(catalogue)].tolist())
+        bags = catalogue.inputs_of_rows(np.arange(len(catalogue))).features
+        assert len(bags.rows) == len(catalogue), "each item has its one brand"
+
+
+def test_seeds_shuffle_and_train_anew_and_all_are_summed_up() -> None:
+    asked = []
+
+    def open_seed(seed: int) -> object:
+        asked.append(seed)
+        return random_dataset(300, seed=0)
+
+    result = evaluate_contest(
+        open_seed,  # type: ignore[arg-type]
+        STREAMS,
+        {"default": TRAINER, "logq": TRAINER.model_copy(update={"correction": "logq"})},
+        baselines=["popularity", "item_knn", "item_knn_plain"],
+        seeds=[0, 7],
+        strict=["default"],
+    )
+    assert asked == [0, 7]
+    assert list(result.contests) == [
+        "default", "default_strict", "logq", "popularity", "item_knn", "item_knn_plain",
+    ]  # fmt: skip
+    for name, contest in result.contests.items():
+        assert len(contest.measures) == len(contest.seconds) == 2
+        same = contest.measures[0] == contest.measures[1]
+        assert same == (name in ("popularity", "item_knn", "item_knn_plain")), "the models' seeds differ"
+    assert result.contests["popularity"].note.startswith("half-life ")
+    plain = result.to_dict()
+    one = [m.recall_at_10 for m in result.contests["default"].measures]
+    assert plain["contestants"]["default"]["measures"]["recall_at_10"]["mean"] == np.mean(one)
+    assert plain["clicks"] == 300
+    assert len(plain["drift_over_time"]) == 19
