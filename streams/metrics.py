@@ -132,6 +132,11 @@ class Metrics:
             "Buckets of the frequency estimator that were ever hit / all buckets, the fullest partition's; far above "
             "one half, items collide often.",
         )
+        self.estimator_collisions = gauge(
+            "estimator_collision_ratio",
+            "Estimated share of items that share every bucket of theirs with another item, so that their frequency is "
+            "overrated, the fullest partition's: (1 - (1 - 1/H)^(n - 1))^m, n by linear counting of the buckets hit.",
+        )
         self.history_users = gauge("history_users", "Users whose history is held, summed over partitions.")
         self.ready = gauge("ready", "1 while this process has its partitions assigned, else 0.")
         for reason in Reason:

@@ -100,6 +100,7 @@ class Watcher:
         self._metrics.young_clicks_usual.set(young.usual)
         self._metrics.young_clicks_noise.set(young.noise)
         self._metrics.estimator_occupied.set(max((state.estimator.occupied_ratio for state in states), default=0.0))
+        self._metrics.estimator_collisions.set(max((state.estimator.collision_ratio for state in states), default=0.0))
         self._metrics.history_users.set(sum(len(state.histories) for state in states))
         self._metrics.replaying.set(sum(worker.is_replaying for worker in workers))
 

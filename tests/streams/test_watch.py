@@ -165,6 +165,10 @@ def test_gauges_sum_up_the_partitions_states() -> None:
     bench.watcher.measure()
     assert bench.gauge("history_users") == 5
     assert bench.gauge("estimator_occupied_ratio") == 1 / 16
+    assert bench.gauge("estimator_collision_ratio") == pytest.approx(0.0)
+    states[0].estimator.update(hash_ids([str(n) for n in range(6)]))
+    bench.watcher.measure()
+    assert bench.gauge("estimator_collision_ratio") == states[0].estimator.collision_ratio > 0.1
     assert bench.gauge("replaying_partitions") == 1
     assert bench.gauge("frequency_drift_ratio") == pytest.approx(np.exp(-0.2) - np.exp(-2), abs=0.03)
     assert 0 < bench.gauge("frequency_drift_noise_ratio") < 0.2
