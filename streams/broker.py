@@ -127,7 +127,7 @@ class ClicksOnBroker:
             DependencyError: the broker did not answer within the deadline.
         """
         name, deadline = self._topics.clicks, time.monotonic() + self._deadline_seconds
-        admin = AdminClient(self._config)  # to be held until its answer is here
+        admin = AdminClient({**self._config, "log_level": 2})  # to be held until its answer is here
         while True:
             try:
                 future = admin.describe_topics(TopicCollection([name]), request_timeout=_ANSWER_SECONDS)[name]

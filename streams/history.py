@@ -13,11 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from streams.contract import Int64Array, UInt64Array
+from streams.hash_table import EMPTY, Int32Array, find, index, new_table, remove
 from streams.kernel import kernel
 
-Int32Array = npt.NDArray[np.int32]
-
-_EMPTY = -1
 # Places in the vector of counters and ends that the kernel shares with the object.
 _NUM_USERS, _NEWEST, _OLDEST = 0, 1, 2
 
@@ -47,9 +45,9 @@ class UserHistories:
         self._num_clicks: Int64Array = np.zeros(max_users, np.int64)
         self._newer: Int32Array = np.zeros(max_users, np.int32)
         self._older: Int32Array = np.zeros(max_users, np.int32)
-        self._ends: Int64Array = np.array([0, _EMPTY, _EMPTY], np.int64)
-        # Open addressing with linear probing, at most half full: user hash → place in the arrays above.
-        self._table: Int32Array = np.full(1 << (2 * max_users - 1).bit_length(), _EMPTY, np.int32)
+        self._ends: Int64Array = np.array([0, EMPTY, EMPTY], np.int64)
+        # User hash → place in the arrays above.
+        self._table = new_table(max_users)
 
     def __len__(self) -> int:
         return int(self._ends[_NUM_USERS])
@@ -95,44 +93,8 @@ class UserHistories:
         for name in ("user", "items", "num_clicks", "newer", "older"):
             getattr(self, f"_{name}")[:num_users] = state[name]
         self._ends[:] = state["ends"]
-        self._table[:] = _EMPTY
-        _index(self._user, num_users, self._table)
-
-
-@kernel
-def _home(user_hash: np.uint64, table: Int32Array) -> int:
-    mixed = (user_hash ^ (user_hash >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)
-    return np.int64((mixed >> np.uint64(20)) & np.uint64(len(table) - 1))  # type: ignore[return-value]
-
-
-@kernel
-def _find(user_hash: np.uint64, user: UInt64Array, table: Int32Array) -> int:
-    """Where in the table the user is, or the empty place where they would be."""
-    place = _home(user_hash, table)
-    while table[place] != _EMPTY and user[table[place]] != user_hash:
-        place = (place + 1) & (len(table) - 1)
-    return place
-
-
-@kernel
-def _index(user: UInt64Array, num_users: int, table: Int32Array) -> None:
-    for slot in range(num_users):
-        table[_find(user[slot], user, table)] = slot
-
-
-@kernel
-def _remove(hole: int, user: UInt64Array, table: Int32Array) -> None:
-    """Empties a place and moves later entries of its run back, so that no search ends too early."""
-    mask = len(table) - 1
-    table[hole] = _EMPTY
-    place = (hole + 1) & mask
-    while table[place] != _EMPTY:
-        home = _home(user[table[place]], table)
-        if ((place - home) & mask) >= ((place - hole) & mask):
-            table[hole] = table[place]
-            table[place] = _EMPTY
-            hole = place
-        place = (place + 1) & mask
+        self._table[:] = EMPTY
+        index(self._user, num_users, self._table)
 
 
 @kernel
@@ -153,36 +115,36 @@ def _join(
     end = 0
     offsets[0] = 0
     for i in range(len(user_hash)):
-        place = _find(user_hash[i], user, table)
+        place = find(user_hash[i], user, table)
         slot = np.int64(table[place])
-        if slot == _EMPTY:
+        if slot == EMPTY:
             if ends[_NUM_USERS] < len(user):
                 slot = ends[_NUM_USERS]
                 ends[_NUM_USERS] += 1
             else:
                 slot = ends[_OLDEST]
-                _remove(_find(user[slot], user, table), user, table)
-                place = _find(user_hash[i], user, table)
+                remove(find(user[slot], user, table), user, table)
+                place = find(user_hash[i], user, table)
                 ends[_OLDEST] = newer[slot]
-                if ends[_OLDEST] == _EMPTY:
-                    ends[_NEWEST] = _EMPTY
+                if ends[_OLDEST] == EMPTY:
+                    ends[_NEWEST] = EMPTY
                 else:
-                    older[ends[_OLDEST]] = _EMPTY
+                    older[ends[_OLDEST]] = EMPTY
             table[place] = slot
             user[slot] = user_hash[i]
             num_clicks[slot] = 0
         elif slot == ends[_NEWEST]:
             pass
         else:  # out of the line of users; never the newest, so there is a newer one
-            if older[slot] == _EMPTY:
+            if older[slot] == EMPTY:
                 ends[_OLDEST] = newer[slot]
             else:
                 newer[older[slot]] = newer[slot]
             older[newer[slot]] = older[slot]
         if slot != ends[_NEWEST]:  # to its head
             older[slot] = ends[_NEWEST]
-            newer[slot] = _EMPTY
-            if ends[_NEWEST] == _EMPTY:
+            newer[slot] = EMPTY
+            if ends[_NEWEST] == EMPTY:
                 ends[_OLDEST] = slot
             else:
                 newer[ends[_NEWEST]] = slot

@@ -71,6 +71,10 @@ class Metrics:
         self.dead_letters = counter(
             "dead_letters_total", "Records rejected and written to the dead-letter topic, by reason.", "reason"
         )
+        self.duplicates = counter(
+            "duplicates_total",
+            "Accepted clicks left out because their event_id was among the last event_id_window ones of the partition.",
+        )
         self.micro_batches = counter(
             "micro_batches_total",
             "Micro-batches acknowledged by the broker, by what closed them: size = an offset that is a multiple of the "

@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -146,7 +147,13 @@ class PartitionWorker:
 
     async def _take_slice(self, chunk: Chunk, low: int, high: int) -> None:
         offsets, times = chunk.offsets[low:high], chunk.timestamps[low:high]
-        clicks, rejections = validate(chunk.values[low:high], offsets, times, self._settings.max_click_bytes)
+        clicks, rejections = validate(
+            chunk.values[low:high],
+            offsets,
+            times,
+            self._settings.max_click_bytes,
+            with_event_ids=self._settings.event_id_window > 0,
+        )
         self._metrics.clicks.inc(high - low)
         letters = [
             DeadLetter(
@@ -176,6 +183,9 @@ class PartitionWorker:
 
     async def _send(self, cut: Cut) -> None:
         assert self.state is not None
+        num_accepted = len(cut.clicks)
+        cut = replace(cut, clicks=self.state.without_duplicates(cut.clicks))
+        self._metrics.duplicates.inc(num_accepted - len(cut.clicks))
         learnt = self.state.learn(cut.clicks, cut.next_offset)
         batch = micro_batch(self.partition, cut, learnt)
         for value in encode_within(batch, self._settings.max_micro_batch_bytes):

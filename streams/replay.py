@@ -43,11 +43,11 @@ def replay(
     batcher = Batcher(state.next_offset, batch_size, math.inf, time.monotonic)
     for values, offsets in clicks_on_broker.read(partition, state.next_offset, stop, cancelled):
         num_records += len(values)
-        clicks, _ = validate(values, offsets, np.zeros(len(values)), max_click_bytes)
+        clicks, _ = validate(values, offsets, np.zeros(len(values)), max_click_bytes, state.reads_event_ids)
         for cut in batcher.add(clicks, offsets, int(offsets[-1]) + 1):
-            state.learn(cut.clicks, cut.next_offset)
+            state.learn(state.without_duplicates(cut.clicks), cut.next_offset)
     if rest := batcher.close():
-        state.learn(rest.clicks, rest.next_offset)
+        state.learn(state.without_duplicates(rest.clicks), rest.next_offset)
     if not cancelled() and state.next_offset < stop:
         state.next_offset = stop  # no record lies between
     return num_records

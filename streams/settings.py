@@ -48,6 +48,9 @@ class StreamsSettings(KafkaSettings):
     """Items in a user's history."""
     history_users: int = Field(2**18, ge=1, le=2**26)
     """Users of one partition whose history is kept, those who clicked last; 8 · history_length + 28 bytes each."""
+    event_id_window: int = Field(0, ge=0, le=2**26)
+    """Distinct event_ids of a partition that are remembered: a click that brings one of them again is left out. 16 to
+    24 bytes each; 0: clicks are never compared."""
     drift_fast_clicks: float = Field(5_000, ge=1, le=1e9)
     """Window of the newer of the two item distributions that the drift compares, in clicks of a partition."""
     drift_slow_clicks: float = Field(50_000, ge=1, le=1e9)
@@ -104,4 +107,5 @@ class StreamsSettings(KafkaSettings):
             drift_fast_clicks=self.drift_fast_clicks,
             drift_slow_clicks=self.drift_slow_clicks,
             young_minutes=self.young_minutes,
+            event_id_window=self.event_id_window,
         )

@@ -34,7 +34,7 @@ from streams.metrics import Metrics
 from streams.service import ConfigurationError
 from streams.state import PartitionState, StateConfig
 
-FORMAT = 2
+FORMAT = 3
 _MAGIC = b"streamtower snapshot\n"
 _NAME = re.compile(r"^(\d{20})-([0-9a-f]{16})\.snapshot$")
 _CHECKSUM_BYTES = 16
@@ -160,9 +160,11 @@ class Snapshots:
             path = self._path(partition, offset)
             try:
                 state = PartitionState(self._config)
-                layout = {name: array.dtype for name, array in state.state().items()}
+                layout = {name: array.dtype.kind for name, array in state.state().items()}
                 arrays = decode(self._files.cat_file(path))
-                if {name: array.dtype for name, array in arrays.items()} != layout or arrays["next_offset"] != offset:
+                if {name: array.dtype.kind for name, array in arrays.items()} != layout or arrays[
+                    "next_offset"
+                ] != offset:
                     raise TornSnapshotError("its arrays are not those of a state at its offset")
                 state.restore(arrays)
                 return state

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from streams.contract import Float32Array, Int64Array, UInt64Array
 from streams.drift import DriftTracker
+from streams.duplicates import EventWindow
 from streams.frequency import EstimatorMode, GapEstimator
 from streams.history import UserHistories
 from streams.movers import MoverTracker
@@ -44,6 +45,7 @@ class StateConfig:
     drift_fast_clicks: float = 5_000
     drift_slow_clicks: float = 50_000
     young_minutes: float = 60.0
+    event_id_window: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,19 @@ class PartitionState:
         fast, slow = config.drift_fast_clicks, config.drift_slow_clicks
         self.drift = DriftTracker(fast_clicks=fast, slow_clicks=slow)
         self.newcomers = NewcomerTracker(config.young_minutes, fast, slow, config.num_buckets)
+        self.events = EventWindow(config.event_id_window)
         self.movers = MoverTracker(fast, slow, min(config.num_buckets, MOVER_BUCKETS))
+
+    @property
+    def reads_event_ids(self) -> bool:
+        """Whether clicks are to come with their event ids."""
+        return self.events.size > 0
+
+    def without_duplicates(self, clicks: Clicks) -> Clicks:
+        """The clicks to learn: those whose event id is not in the window. To be called once, before they are learnt."""
+        if self.reads_event_ids and not (is_first := self.events.first_seen(clicks.event_hash)).all():
+            return clicks.where(is_first)
+        return clicks
 
     def learn(self, clicks: Clicks, next_offset: int) -> Learnt:
         """Takes the accepted clicks among the offsets self.next_offset … next_offset − 1 into the state.
@@ -123,4 +137,5 @@ class PartitionState:
             "drift": self.drift,
             "newcomers": self.newcomers,
             "movers": self.movers,
+            "events": self.events,
         }

@@ -19,8 +19,10 @@ from typing import Annotated, TypeGuard
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from streams.contract import (
+    HASH_SEED,
     MAX_CONTEXT_FEATURES,
     MAX_ID_BYTES,
     Float32Array,
@@ -94,6 +96,8 @@ class Clicks:
     """[n] 0 … MAX_REWARD."""
     context: Sequence[Mapping[str, Scalar]]
     """[n] query features, perhaps none."""
+    event_hash: UInt64Array
+    """[n] hash of event_id as it stands in the JSON; 0 where there is none, or where none was asked for."""
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -110,6 +114,23 @@ class Clicks:
             ingest_time=self.ingest_time[start:stop],
             reward=self.reward[start:stop],
             context=self.context[start:stop],
+            event_hash=self.event_hash[start:stop],
+        )
+
+    def where(self, kept: BoolArray) -> Clicks:
+        """The rows for which bool [n] says so."""
+        rows = np.flatnonzero(kept).tolist()
+        return Clicks(
+            offset=self.offset[kept],
+            user_id=[self.user_id[row] for row in rows],
+            item_id=[self.item_id[row] for row in rows],
+            user_hash=self.user_hash[kept],
+            item_hash=self.item_hash[kept],
+            event_time=self.event_time[kept],
+            ingest_time=self.ingest_time[kept],
+            reward=self.reward[kept],
+            context=[self.context[row] for row in rows],
+            event_hash=self.event_hash[kept],
         )
 
     @classmethod
@@ -127,6 +148,7 @@ class Clicks:
             ingest_time=np.concatenate([part.ingest_time for part in parts]),
             reward=np.concatenate([part.reward for part in parts]),
             context=list(chain.from_iterable(part.context for part in parts)),
+            event_hash=np.concatenate([part.event_hash for part in parts]),
         )
 
 
@@ -143,12 +165,22 @@ class _Click(msgspec.Struct, gc=False):
     context: dict[str, str | int | float | bool | None] | None = None
 
 
+class _ClickWithEventId(_Click, gc=False):
+    """The same, and its event id as it stands there."""
+
+    event_id: msgspec.Raw = msgspec.Raw(b"null")
+
+
 _NO_CONTEXT: Mapping[str, Scalar] = {}
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def validate(
-    values: Sequence[bytes | None], offsets: Int64Array, ingest_time: Float64Array, max_click_bytes: int = 65_536
+    values: Sequence[bytes | None],
+    offsets: Int64Array,
+    ingest_time: Float64Array,
+    max_click_bytes: int = 65_536,
+    with_event_ids: bool = False,
 ) -> tuple[Clicks, list[Rejection]]:
     """Takes values apart into clicks and rejections; each value is in exactly one of both.
 
@@ -160,8 +192,9 @@ def validate(
         offsets: int64 [n], strictly rising.
         ingest_time: float64 [n], seconds; NaN or negative: the record has no timestamp.
         max_click_bytes: longer values are rejected unread.
+        with_event_ids: whether event ids are read; the same text is the same id, of whatever type.
     """
-    decode = msgspec.json.Decoder(_Click).decode
+    decode = msgspec.json.Decoder(_ClickWithEventId if with_event_ids else _Click).decode
     only_ascii = all(map(bytes.isascii, filter(None, values)))
     clicks: list[_Click] = []
     indices: list[int] = []
@@ -203,6 +236,7 @@ def validate(
         kept, event_time, reward = kept[rows], event_time[rows], reward[rows]
         user_id, item_id = [user_id[row] for row in rows], [item_id[row] for row in rows]
         context = [context[row] for row in rows]
+        clicks = [clicks[row] for row in rows]
     columns = Clicks(
         offset=offsets[kept],
         user_id=user_id,
@@ -213,8 +247,15 @@ def validate(
         ingest_time=np.where(ingest_time[kept] >= 0, ingest_time[kept], event_time),
         reward=reward.astype(np.float32),
         context=context,
+        event_hash=_event_hashes(clicks) if with_event_ids else np.zeros(len(clicks), np.uint64),
     )
     return columns, rejections
+
+
+def _event_hashes(clicks: Sequence[_Click]) -> UInt64Array:
+    texts = (bytes(click.event_id) for click in clicks if isinstance(click, _ClickWithEventId))
+    digest = xxhash.xxh3_64_intdigest
+    return np.fromiter((0 if text == b"null" else digest(text, HASH_SEED) for text in texts), np.uint64, len(clicks))
 
 
 def _seconds(event_time: Sequence[float | datetime]) -> Float64Array:

@@ -270,6 +270,7 @@ def _rows_of(clicks: Clicks, rows: Int64Array) -> Clicks:
         ingest_time=clicks.ingest_time[rows],
         reward=clicks.reward[rows],
         context=[clicks.context[row] for row in rows],
+        event_hash=clicks.event_hash[rows],
     )
 
 

@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from streams.broker import DependencyError
-from streams.contract import MicroBatch, Topics
+from streams.contract import MicroBatch, Topics, hash_ids
 from streams.dead_letter import RejectedShare
 from streams.fetch import Chunk
 from streams.metrics import Metrics
@@ -53,6 +53,7 @@ class Bench:
         snapshots: Path | None = None,
         retention_expired: str = "fail",
         first_offset: int = 0,
+        event_id_window: int = 0,
     ) -> None:
         settings = StreamsSettings(
             batch_size=batch_size,
@@ -62,6 +63,7 @@ class Bench:
             max_rejected_ratio=max_rejected_ratio,
             rejected_window_clicks=100,
             retention_expired=retention_expired,
+            event_id_window=event_id_window,
         )
         self.sender = sender or SenderInMemory()
         self.clicks = ClicksInMemory(values, first_offset=first_offset)
@@ -350,6 +352,49 @@ def test_without_a_snapshot_a_state_begins_with_the_oldest_click_and_that_is_no_
     run(bench.work(chunks(VALUES, [], 320), until=lambda: bench.worker.position == 640))
     assert bench.metric("gap_offsets_total", of="state") == 0
     assert bench.clicks.reads == [(0, 320)]
+
+
+def test_late_clicks_and_clicks_out_of_order_count_in_the_order_of_their_offsets() -> None:
+    times = [1_790_000_000.0, 1_000.0, 1_790_000_000.0 + 10**8, 1_500.0]
+    values: list[bytes | None] = [click("u", f"i{n}", time) for n, time in enumerate(times)]
+    bench = Bench(values, batch_size=4)
+    run(bench.work([Event(chunk(values, 0))], until=lambda: bench.worker.position == 4))
+    (batch,) = bench.batches
+    assert batch.event_time.tolist() == times
+    assert [batch.history(n).tolist() for n in range(4)] == [
+        hash_ids([f"i{m}" for m in range(n)]).tolist() for n in range(4)
+    ]
+
+
+def test_without_a_window_a_click_that_is_written_twice_is_two_clicks() -> None:
+    values: list[bytes | None] = [click("u", "i", event_id="e1")] * 2
+    bench = Bench(values, batch_size=2)
+    run(bench.work([Event(chunk(values, 0))], until=lambda: bench.worker.position == 2))
+    assert [len(batch) for batch in bench.batches] == [2]
+
+
+def test_with_a_window_a_click_whose_event_id_came_lately_is_left_out_and_counted() -> None:
+    ids = ["e1", "e2", "e1", None, None, 7, "7", 7, "e3", "e4", "e1"]
+    values: list[bytes | None] = [click("u", f"i{n}", event_id=event_id) for n, event_id in enumerate(ids)]
+    bench = Bench([*values, b"no"], batch_size=4, event_id_window=4)
+    run(bench.work([Event(chunk([*values, b"no"], 0))], until=lambda: bench.worker.position == 12))
+    kept = [offset for batch in bench.batches for offset in batch.offset.tolist()]
+    assert kept == [0, 1, 3, 4, 5, 6, 8, 9, 10], "e1 has left the window of four when it comes the third time"
+    assert bench.metric("duplicates_total") == 2
+    assert bench.batches[-1].history(2).tolist() == hash_ids([f"i{n}" for n in kept[:-1]]).tolist()
+
+
+@hypothesis_settings(max_examples=15)
+@given(start=st.integers(1, 300), bounds=st.lists(st.integers(1, 300), max_size=4))
+def test_duplicates_are_the_same_ones_after_a_replay(start: int, bounds: list[int]) -> None:
+    rng = np.random.default_rng(5)
+    values: list[bytes | None] = [click("u", f"i{n}", event_id=f"e{rng.integers(60)}") for n in range(320)]
+    undisturbed, disturbed = Bench(values, event_id_window=40), Bench(values, event_id_window=40)
+    run(undisturbed.work(chunks(values, []), until=lambda: undisturbed.worker.position == 320))
+    run(disturbed.work(chunks(values, bounds, start), until=lambda: disturbed.worker.position == 320))
+    assert sum(map(len, undisturbed.batches)) < 320
+    whole = [batch.encode() for batch in undisturbed.batches if batch.first_offset >= start]
+    assert [batch.encode() for batch in disturbed.batches if batch.first_offset % 64 == 0] == whole
 
 
 def test_a_record_that_cannot_be_sent_ends_the_worker_without_an_acknowledgement() -> None:

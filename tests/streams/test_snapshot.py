@@ -115,7 +115,7 @@ def test_one_of_another_offset_or_with_other_arrays_is_torn_even_if_its_checksum
         state_at(51).state(),
         {name: array for name, array in arrays.items() if name != "drift.counts"},
         arrays | {"another": np.zeros(1)},
-        arrays | {"drift.counts": arrays["drift.counts"].astype(np.float32)},
+        arrays | {"drift.counts": arrays["drift.counts"].astype(np.int64)},
         arrays | {"histories.items": arrays["histories.items"][:, :1]},
     ):
         path.write_bytes(encode(wrong))

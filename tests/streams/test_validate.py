@@ -283,3 +283,27 @@ def test_rows_and_concatenation_are_inverse() -> None:
     for name in ("offset", "user_hash", "item_hash", "event_time", "ingest_time", "reward"):
         assert getattr(again, name).tolist() == getattr(clicks, name).tolist()
     assert (again.user_id, again.item_id, again.context) == (clicks.user_id, clicks.item_id, clicks.context)
+
+
+def test_event_ids_are_read_only_when_asked_for_and_are_the_same_where_their_text_is() -> None:
+    values = [
+        click(event_id="a"),
+        click(event_id=1),
+        click(event_id="1"),
+        click(),
+        click(event_id=None),
+        b"no",
+        click(event_id="a"),
+    ]
+    offsets, times = np.arange(len(values)), np.zeros(len(values))
+    without, _ = validate(values, offsets, times)
+    assert without.event_hash.tolist() == [0] * 6
+    clicks, rejections = validate(values, offsets, times, with_event_ids=True)
+    first, number, digit, *none, again = clicks.event_hash.tolist()
+    assert (none, again, len({first, number, digit, 0})) == ([0, 0], first, 4)
+    assert [rejection.index for rejection in rejections] == [5]
+    rejected_later, _ = validate(
+        [click(reward=-1, event_id="b"), values[0]], offsets[:2], times[:2], with_event_ids=True
+    )
+    assert rejected_later.event_hash.tolist() == [first]
+    assert validate([click(event_id={"any": ["JSON"]})], offsets[:1], times[:1], with_event_ids=True)[1] == []

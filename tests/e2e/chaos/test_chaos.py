@@ -1,0 +1,90 @@
+"""Kill -9 at random, then an independent verifier: nothing lost, nothing learnt twice, all of it as recomputed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from streams.contract import Topics
+from tests.e2e.chaos import scenario
+from tests.e2e.chaos.chain import ApacheNode, wait_until
+from tests.fixtures.kafka import create_topics
+
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.broker,
+    pytest.mark.index,
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]
+
+LARGE = {"max.message.bytes": str(4 << 20)}
+
+
+def make_topics(kafka: str, prefix: str, num_partitions: int, **configuration: str) -> Topics:
+    topics = Topics(prefix)
+    configs = {name: {**LARGE, **configuration} for name in (topics.clicks, topics.dead_letters, topics.micro_batches)}
+    create_topics(kafka, {**configs, topics.items: {"cleanup.policy": "compact"}}, num_partitions)
+    return topics
+
+
+def assert_well(outcome: scenario.Outcome, num_kills: int) -> None:
+    verdict = outcome.verdict
+    assert verdict.problems == []
+    assert (verdict.lost, verdict.learnt_twice) == (0, 0)
+    assert verdict.num_clicks > 1_000 < 30 * verdict.num_rejected
+    assert outcome.num_kills >= num_kills
+
+
+def test_through_fifty_kills_every_click_is_learnt_once_and_all_is_as_recomputed(kafka: str, tmp_path: Path) -> None:
+    topics = make_topics(kafka, "chaos-two-", 2)
+    outcome = scenario.run(
+        kafka,
+        topics,
+        tmp_path / "chain",
+        num_partitions=2,
+        done=lambda kills, seconds: kills >= 50,
+        mean_seconds=1.5,
+        seed=1,
+    )
+    assert_well(outcome, 50)
+
+
+def test_with_one_partition_the_model_is_that_of_an_undisturbed_run_bit_for_bit(kafka: str, tmp_path: Path) -> None:
+    topics, peaceful = make_topics(kafka, "chaos-one-", 1), make_topics(kafka, "chaos-peace-", 1)
+    first, second = scenario.run_and_compare(
+        kafka, topics, peaceful, tmp_path, done=lambda kills, seconds: kills >= 12, mean_seconds=2.0, seed=2
+    )
+    assert_well(first, 12)
+    assert second == []
+
+
+@pytest.fixture
+def apache_node(tmp_path: Path) -> ApacheNode:
+    if not (home := os.environ.get("STREAMTOWER_KAFKA_HOME")):
+        pytest.skip("STREAMTOWER_KAFKA_HOME is unset: no Apache Kafka to start here")
+    return ApacheNode(Path(home), tmp_path / "broker")
+
+
+def test_on_apache_kafka_the_broker_is_killed_too(apache_node: ApacheNode, tmp_path: Path) -> None:
+    apache_node.start()
+    try:
+        wait_until(lambda: apache_node.is_ready, "Apache Kafka is ready")
+        topics = make_topics(apache_node.bootstrap, "chaos-", 2, **{"compression.type": "zstd"})
+        outcome = scenario.run(
+            apache_node.bootstrap,
+            topics,
+            tmp_path / "chain",
+            num_partitions=2,
+            done=lambda kills, seconds: kills >= 25,
+            mean_seconds=2.0,
+            seed=3,
+            static_members=True,
+            brokers=[apache_node],
+        )
+    finally:
+        apache_node.kill()
+    assert_well(outcome, 25)
