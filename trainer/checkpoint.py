@@ -86,6 +86,11 @@ class _Manifest(msgspec.Struct):
     created_at: float
     files: dict[str, tuple[int, str]]
     """Name → size in bytes and xxh3-128."""
+    checksum: str = ""
+    """xxh3-128 of this manifest without its checksum: damaged settings must not pass for other settings."""
+
+    def own_checksum(self) -> str:
+        return xxhash.xxh3_128_hexdigest(msgspec.json.encode(msgspec.structs.replace(self, checksum="")))
 
 
 @dataclass(frozen=True)
@@ -268,6 +273,7 @@ class Checkpoints:
             (aside / PROGRESS_FILE).write_bytes(msgspec.json.encode(state.progress))
             files = {name: _checksum(aside / name) for name in sorted(os.listdir(aside))}
             manifest = _Manifest(FORMAT, self._identity, taken, files)
+            manifest.checksum = manifest.own_checksum()
             (aside / MANIFEST_FILE).write_bytes(msgspec.json.encode(manifest))
             sync_directory(aside)
             aside.rename(path)
@@ -315,6 +321,8 @@ def _checksum(path: Path) -> tuple[int, str]:
 
 def _verified(path: Path) -> _Manifest:
     manifest = msgspec.json.decode((path / MANIFEST_FILE).read_bytes(), type=_Manifest)
+    if manifest.checksum != manifest.own_checksum():
+        raise ValueError(f"{MANIFEST_FILE} contradicts its own checksum")
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.format}; this code reads {FORMAT}")
     for name, wanted in manifest.files.items():

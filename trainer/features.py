@@ -22,6 +22,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from trainer.rewards import Task, problems_of
+
 UInt64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -83,6 +85,8 @@ class TowerConfig:
     """Sizes of the ReLU layers before the last, linear one, in both towers; () makes the towers linear."""
     temperature: float = 0.1
     """Logits are cosines divided by it, in (0, 10]."""
+    tasks: tuple[Task, ...] = ()
+    """Rewards with a head each, see `rewards`; (): the clicks' own reward alone, without a head."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -114,12 +118,13 @@ class TowerConfig:
                 if feature.kind not in get_args(FeatureKind):
                     known = ", ".join(get_args(FeatureKind))
                     problems.append(f"{side}: feature {feature.name!r} has kind {feature.kind!r}; kinds are {known}")
+        problems += problems_of(self.tasks, [feature.name for feature in self.context])
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold: see `from_dict`."""
-        plain = dataclasses.asdict(self)
+        plain = dataclasses.asdict(self) | {"tasks": {task.name: task.weight for task in self.tasks}}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     @classmethod
@@ -144,6 +149,10 @@ class TowerConfig:
                 ]
                 problems += [f"{side}: a feature has a name and a kind, not {entry!r}" for entry in bad]
                 values[side] = tuple(Feature(**entry) for entry in entries if entry not in bad)
+        if not isinstance(values.get("tasks", {}), Mapping):
+            problems.append(f"tasks must be an object of names and weights, not {values.pop('tasks')!r}")
+        elif "tasks" in values:
+            values["tasks"] = tuple(Task(*task) for task in values["tasks"].items())
         try:
             config = cls(**values)
         except ValueError as error:

@@ -17,9 +17,11 @@ from streams.contract import MicroBatch
 from trainer.catalogue import Catalogue
 from trainer.evaluate import Prequential, Ranks
 from trainer.item_events import ItemChange
+from trainer.rewards import task_rewards
 from trainer.settings import TrainerSettings
-from trainer.step import Clicks, Learner, StepResult, TrainingConfig
+from trainer.step import Clicks, Learner, StepResult
 from trainer.towers import ItemFeatures, QueryInputs, TowerConfig, query_inputs
+from trainer.training import TrainingConfig
 
 Stage = Callable[[str], AbstractContextManager[object]]
 """Called with "evaluate", "learn" and "touch": measures the time within."""
@@ -67,7 +69,8 @@ class Model:
         with stage("learn"):
             rows = self.catalogue.admit(batch.item_hash, batch.item_id, step)
             log_q, histories = np.log(batch.sampling_probability), (batch.history_values, batch.history_offsets)
-            result = self.learner.learn(Clicks(query, batch.item_hash, batch.reward, log_q, *histories))
+            rewards = task_rewards(self.learner.config.tasks, batch.reward, batch.context)
+            result = self.learner.learn(Clicks(query, batch.item_hash, rewards, log_q, *histories))
         with stage("touch"):
             self.catalogue.count(rows)
             self.catalogue.embed(np.unique(rows), self.learner.embed_items)
@@ -113,4 +116,5 @@ def new_model(settings: TrainerSettings) -> Model:
         rows_per_batch=settings.evaluation_rows,
         seed=settings.seed,
     ) if settings.evaluation_rows else None  # fmt: skip
-    return Model(catalogue, Learner(config, training, catalogue.inputs), evaluation)
+    learner = Learner(config, training, catalogue.inputs, lambda: (catalogue.item_hash, catalogue.popularity()))
+    return Model(catalogue, learner, evaluation)

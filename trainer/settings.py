@@ -18,6 +18,25 @@ from pydantic_settings import SettingsConfigDict
 from streams.service import KafkaSettings
 
 PayloadIndex = Literal["keyword", "integer", "float", "bool", "datetime"]
+Preset = Literal["default", "paper"]
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "hidden": (512,),
+        "embedding_dim": 128,
+        "history_decay": 1.0,
+        "temperature": 0.05,
+        "correction": "logq",
+        "rows_per_step": 8_192,
+        "recent_negatives": 0,
+        "mask_history": False,
+        "row_learning_rate": 0.2,
+        "user_learning_rate": 0.2,
+        "dense_learning_rate": 0.2,
+        "popularity_weight": 0.0,
+    },
+}
+"""Values that a preset gives to the settings that are not set themselves."""
 
 
 class TrainerSettings(KafkaSettings):
@@ -27,6 +46,10 @@ class TrainerSettings(KafkaSettings):
         env_prefix="STREAMTOWER_TRAINER_", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
 
+    preset: Preset = "default"
+    """Defaults of the other settings. default: those listed here, the best that were measured; paper: as in the paper,
+    with hidden layers, plain mean of the history, logQ correction, the batch's negatives alone and no live popularity
+    (docs/deviations.md has the list). A setting that is set itself wins over the preset."""
     kafka_deadline_seconds: float = Field(60.0, gt=0, le=3_600)
     """Longest time without any answer from Kafka, or without its topics at start, before the process gives up (exit
     code 69), in seconds."""
@@ -94,16 +117,33 @@ class TrainerSettings(KafkaSettings):
     """JSON list of the sizes of the towers' hidden layers; []: linear towers."""
     temperature: float = Field(0.1, gt=0, le=10)
     """Logits are cosines divided by it."""
+    tasks: dict[str, float] = Field(default_factory=dict)
+    """JSON object of rewards with a head each: name → weight of its loss and of its score. "reward" is the clicks' own
+    reward, any other name a number or boolean in their context, as in {"reward": 1, "purchase": 4}. Empty: the clicks'
+    own reward alone."""
 
-    correction: Literal["none", "logq"] = "none"
-    """Whether log q is subtracted from the logits in training. none: popularity comes from the live log frequency alone
-    (popularity_weight 1); logq: the paper's recipe (popularity_weight 0)."""
+    loss: Literal["softmax", "gbce"] = "softmax"
+    """softmax: a clicked item among its negatives; gbce: generalised binary cross-entropy, each item for itself."""
+    gbce_calibration: float = Field(0.75, ge=0, le=1)
+    """gBCE's t: 0 is plain binary cross-entropy, 1 gives calibrated probabilities."""
+    correction: Literal["none", "logq", "refined", "mixed"] = "none"
+    """What is subtracted from the logits in training. none: popularity comes from the live log frequency alone
+    (popularity_weight 1). The others learn it, for popularity_weight 0. logq: log q from all logits, as in the paper;
+    refined: from the negatives' alone, given that they are not the positive; mixed: from the negatives' alone, by how
+    often each was expected among those from clicks and from the catalogue."""
     rows_per_step: int = Field(64, ge=1, le=1_000_000)
     """Most clicks of one optimizer step; a micro-batch is cut into steps of equal size."""
     recent_negatives: int = Field(192, ge=0, le=1_000_000)
-    """Further negatives of a step, drawn from the recent clicks."""
+    """Further negatives of a step, drawn from the recent clicks of earlier steps."""
     recent_window: int = Field(10_000, ge=1, le=100_000_000)
     """How many of the newest clicks count as recent."""
+    uniform_negatives: int = Field(0, ge=0, le=1_000_000)
+    """Further negatives of a step, drawn uniformly from the catalogue."""
+    chosen_negatives: int = Field(0, ge=0, le=1_000_000)
+    """Negatives of each click that count, out of all candidates of the step; 0: all."""
+    choice: Literal["random", "hardest", "semi-hard"] = "random"
+    """Which ones count, with chosen_negatives: any, those of the highest logits, or the highest below the click's own
+    item."""
     mask_history: bool = True
     """Whether items of a click's history are no negatives of it: right where they are not served to the user again."""
     row_learning_rate: float = Field(0.1, gt=0, le=100)
@@ -155,6 +195,11 @@ class TrainerSettings(KafkaSettings):
             raise ValueError('must be an object with "context" and "item" alone')
         return json.dumps(plain, sort_keys=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_preset(cls, values: Any) -> Any:
+        return PRESETS.get(str(values.get("preset")), {}) | values if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _intervals_fit(self) -> TrainerSettings:
         if self.first_publish_interval_seconds > self.full_publish_interval_seconds:
@@ -167,7 +212,7 @@ class TrainerSettings(KafkaSettings):
         """The towers' configuration as plain data, for `TowerConfig.from_dict`."""
         names = (
             "embedding_dim row_dim item_rows user_rows feature_rows history_length history_decay use_user_id hidden "
-            "temperature"
+            "temperature tasks"
         )
         plain: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
         plain.update(json.loads(self.features or "{}"))
@@ -176,8 +221,8 @@ class TrainerSettings(KafkaSettings):
     def training(self) -> dict[str, Any]:
         """How to learn, as plain data, for `TrainingConfig`."""
         names = (
-            "correction rows_per_step recent_negatives recent_window mask_history row_learning_rate "
-            "user_learning_rate dense_learning_rate seed"
+            "loss gbce_calibration correction rows_per_step recent_negatives recent_window uniform_negatives "
+            "chosen_negatives choice mask_history row_learning_rate user_learning_rate dense_learning_rate seed"
         )
         return {name: getattr(self, name) for name in names.split()}
 

@@ -5,13 +5,6 @@ The loop calls `Learner.learn`, which cuts a micro-batch into steps; `Learner.st
 holds no catalogue (it asks `item_inputs` for the inputs of an item) and sets no thread count: the process does, once,
 at its start, with `torch.set_num_threads` (1 is the fastest for steps of this size).
 
-Why the default loss has no logQ correction. Negatives come from clicks, so in the optimum the uncorrected logit is
-s(u, i) = log p(i | u) − log q(i) + c(u): the affinity without the popularity. The corrected logit s − log q is fitted
-to log p(i | u), so its s already holds the popularity, as slow as the towers are. The served score adds the *live*
-log q with weight 1 to the plain logit: ⟨f, g⟩ / τ + log q = log p(i | u) + c(u). Subtracting log q in training and
-adding it at serving would cancel; so `correction="none"` with popularity weight 1 *is* the corrected estimate, and its
-log q can be fast while the towers are slow. `correction="logq"` with weight 0 is the paper's recipe.
-
 Where it departs from the paper: see there; besides, negatives from recent clicks join those of the batch (cross-batch
 negative sampling), items of the row's history are no negatives, and rows and dense layers have learning rates of their
 own.
@@ -23,65 +16,25 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.features import Bags, Float32Array, Int64Array, ItemInputs, QueryInputs, TowerConfig, UInt64Array, ranges
-from trainer.loss import candidate_mask, in_batch_softmax_loss
+from trainer.negatives import candidate_mask
 from trainer.towers import Tables, build_towers
+from trainer.training import Candidates, TrainingConfig, batch_loss
 
 _EPSILON = 1e-10
 
 
+KnownItems = tuple[UInt64Array, Float32Array]
+"""The catalogue's items: uint64 [M] their hashes, float32 [M] log of their shares of the clicks, −inf: not served."""
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or its gradient is not finite, or the gradient's square overflows; nothing was changed."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How the towers learn.
-
-    Raises:
-        ValueError: on construction; the message lists every problem, one a line.
-    """
-
-    correction: Literal["none", "logq"] = "none"
-    """Whether log q is subtracted from the logits in training; the module's docstring says when."""
-    rows_per_step: int = 64
-    """Most clicks of one optimizer step, at least 1; a micro-batch is shuffled and cut into steps of equal size."""
-    recent_negatives: int = 192
-    """Further negatives of a step, drawn from the recent clicks; 0 = those of the step alone."""
-    recent_window: int = 10_000
-    """How many of the newest clicks count as recent, at least 1."""
-    mask_history: bool = True
-    """Whether items of a row's history are no negatives of it: right where they are not served to it again."""
-    row_learning_rate: float = 0.1
-    """Adagrad's, for the rows of items and features; > 0."""
-    user_learning_rate: float = 0.03
-    """Adagrad's, for the rows of users, > 0: a fast one makes a user's row out of its last click."""
-    dense_learning_rate: float = 0.02
-    """Adagrad's, for the layers; > 0."""
-    seed: int = 0
-    """First weights, the order within micro-batches and the drawn negatives follow from it, ≥ 0."""
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be an integer of at least {least}, not {getattr(self, name)!r}"
-            for name, least in (("rows_per_step", 1), ("recent_negatives", 0), ("recent_window", 1), ("seed", 0))
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least
-        ]
-        problems += [
-            f"{name} must be a finite number above 0, not {getattr(self, name)!r}"
-            for name in ("row_learning_rate", "user_learning_rate", "dense_learning_rate")
-            if not (isinstance(getattr(self, name), (int, float)) and 0 < getattr(self, name) < math.inf)
-        ]
-        if self.correction not in ("none", "logq"):
-            problems.append(f"correction must be 'none' or 'logq', not {self.correction!r}")
-        if problems:
-            raise ValueError("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -93,7 +46,7 @@ class Clicks:
     item_hash: UInt64Array
     """[B] the clicked items."""
     reward: Float32Array
-    """[B] ≥ 0."""
+    """[B] or, with tasks, [B, T]: ≥ 0, in the order of `TowerConfig.tasks`."""
     log_q: Float32Array
     """[B] log of the items' sampling probabilities, up to a constant."""
     history_values: UInt64Array
@@ -135,6 +88,7 @@ class Learner:
         config: TowerConfig,
         training: TrainingConfig,
         item_inputs: Callable[[UInt64Array], ItemInputs],
+        known_items: Callable[[], KnownItems] | None = None,
     ) -> None:
         """New towers.
 
@@ -144,7 +98,14 @@ class Learner:
             item_inputs: the catalogue's answer for item hashes uint64 [n]: the inputs of n items, in this order. It
                 must answer for any hash: an item that it does not know (any more) has its id alone, which is what
                 `ItemFeatures.gather` gives for index −1.
+            known_items: the catalogue's items; asked once for each micro-batch, and only if the training needs them.
+
+        Raises:
+            ValueError: the training needs the catalogue's items and has no way to them.
         """
+        if training.needs_catalogue and known_items is None:
+            raise ValueError("uniform_negatives and the loss gbce need a catalogue")
+        self._known_items = known_items
         self.config = config
         self.training = training
         self.item_inputs = item_inputs
@@ -173,36 +134,55 @@ class Learner:
         num_steps = -(-len(clicks) // self.training.rows_per_step)
         if num_steps == 0:
             raise ValueError("there are no clicks to learn from")
-        results = [self.step(clicks.take(rows)) for rows in np.array_split(order, num_steps)]
+        known = self._ask_catalogue()
+        results = [self.step(clicks.take(rows), known) for rows in np.array_split(order, num_steps)]
         loss = sum(result.loss * result.num_rows for result in results) / len(clicks)
         return StepResult(loss, len(clicks), num_steps)
 
-    def step(self, clicks: Clicks) -> StepResult:
+    def step(self, clicks: Clicks, known: KnownItems | None = None) -> StepResult:
         """One optimizer step on all of these clicks.
+
+        Args:
+            clicks: at least one.
+            known: the catalogue's items, where they are at hand already.
 
         Raises:
             NonFiniteError: before any change.
+            ValueError: the rewards are not one for each task.
         """
-        random = np.random.default_rng([self.training.seed, self.num_steps])
-        size = min(self._num_recent, self.training.recent_window)
-        drawn = random.integers(size, size=self.training.recent_negatives) if size else np.zeros(0, dtype=np.int64)
-        candidates = np.concatenate([clicks.item_hash, self._recent_hash[drawn]])
-        log_q = None
-        if self.training.correction == "logq":
-            log_q = torch.from_numpy(np.concatenate([clicks.log_q, self._recent_log_q[drawn]]))
-        histories = (clicks.history_values, clicks.history_offsets) if self.training.mask_history else ()
-        item = self.item_inputs(candidates)
+        training = self.training
+        reward_BT = torch.tensor(clicks.reward).reshape(len(clicks), -1)
+        if reward_BT.shape[1] != max(len(self.config.tasks), 1):
+            raise ValueError(f"a click has {reward_BT.shape[1]} rewards; the tasks are {self.config.tasks}")
+        random = np.random.default_rng([training.seed, self.num_steps])
+        size = min(self._num_recent, training.recent_window)
+        drawn = random.integers(size, size=training.recent_negatives) if size else np.zeros(0, dtype=np.int64)
+        known_hash, known_log_q = self._ask_catalogue() if known is None else known
+        num_uniform = training.uniform_negatives if len(known_hash) else 0
+        uniform = random.integers(max(len(known_hash), 1), size=num_uniform)
+        item_hash = np.concatenate([clicks.item_hash, self._recent_hash[drawn], known_hash[uniform]])
+        log_q = np.concatenate([clicks.log_q, self._recent_log_q[drawn], known_log_q[uniform]])
+        histories = (clicks.history_values, clicks.history_offsets) if training.mask_history else ()
+        candidates = Candidates(
+            log_q_N=torch.from_numpy(log_q),
+            mask_BN=candidate_mask(item_hash, len(clicks), *histories),
+            num_uniform=num_uniform,
+            num_items=max(len(known_hash), 1),
+        )
+        item = self.item_inputs(item_hash)
 
         # Autograd sees only the rows that the step looks up, each once: their gradients are dense and small.
         gathered = _gather(self._tables, clicks.query, item)
-        query_embedding = self.query_tower(gathered.query, gathered.tables)
         item_embedding = self.item_tower(gathered.item, gathered.tables)
-        loss = in_batch_softmax_loss(
-            query_embedding @ item_embedding.T / self.config.temperature,
-            torch.tensor(clicks.reward),
-            log_q,
-            candidate_mask(candidates, len(clicks), *histories),
-        )
+        losses = [
+            batch_loss(training, query_BD @ item_embedding.T / self.config.temperature, reward_B, candidates, random)
+            for query_BD, reward_B in zip(
+                self.query_tower.embed_tasks(gathered.query, gathered.tables), reward_BT.T, strict=True
+            )
+        ]
+        if self.config.tasks:
+            losses = [task.weight * loss for task, loss in zip(self.config.tasks, losses, strict=True)]
+        loss = torch.stack(losses).sum()
         learnt = {f"tables.{key}": getattr(gathered.tables, key) for key in gathered.rows} | self._parameters
         gradients = dict(zip(learnt, torch.autograd.grad(loss, list(learnt.values())), strict=True))
         squares = {name: gradient.square() for name, gradient in gradients.items()}
@@ -288,6 +268,13 @@ class Learner:
         if name == "tables.users":
             return self.training.user_learning_rate
         return self.training.row_learning_rate if name.startswith("tables.") else self.training.dense_learning_rate
+
+    def _ask_catalogue(self) -> KnownItems:
+        if self._known_items is None or not self.training.needs_catalogue:
+            return np.zeros(0, np.uint64), np.zeros(0, np.float32)
+        item_hash, log_q = self._known_items()
+        there = np.isfinite(log_q)
+        return item_hash[there], log_q[there]
 
     def _remember(self, clicks: Clicks) -> None:
         newest = np.arange(len(clicks))[-self.training.recent_window :]

@@ -141,23 +141,42 @@ class ItemTower(_Tower):
 
 
 class QueryTower(_Tower):
-    """Decayed mean of history rows, context rows and numbers, user rows where configured → query embedding."""
+    """Decayed mean of history rows, context rows and numbers, user rows where configured → query embedding.
+
+    With tasks each has a head, a linear layer that starts as the identity; its output of length 1 is the query
+    embedding of that task. The item embeddings are the same for all, so that the weighted mean of the tasks' scores is
+    one inner product, with the weighted mean of their query embeddings.
+    """
 
     def __init__(self, config: TowerConfig, tables: Tables) -> None:
         super().__init__(config, config.context, with_user=config.use_user_id)
         self.config = config
         self.tables = tables
+        if config.tasks:
+            self.heads = nn.Parameter(torch.eye(config.embedding_dim).repeat(len(config.tasks), 1, 1))
 
     def forward(self, inputs: QueryInputs, tables: Tables | None = None) -> Tensor:
-        """Query embeddings of length 1: float32 [B, D].
+        """Query embeddings of length 1: float32 [B, D]; with tasks their weighted mean, of length at most 1.
 
         Args:
             inputs: B queries; one about whom nothing is known has the embedding that the last layer's bias makes.
             tables: looked up instead of the tower's own, by a learner that has gathered the rows it needs.
         """
         tables = self.tables if tables is None else tables
+        embedding_TBD = self.embed_tasks(inputs, tables)
+        if not self.config.tasks:
+            return embedding_TBD[0]
+        total = sum(task.weight for task in self.config.tasks)
+        shares = torch.tensor([task.weight / total for task in self.config.tasks])
+        return torch.einsum("t,tbd->bd", shares, embedding_TBD)
+
+    def embed_tasks(self, inputs: QueryInputs, tables: Tables) -> Tensor:
+        """Query embeddings of length 1 for each task: float32 [T, B, D]; without tasks [1, B, D]."""
         bags = [(inputs.items, tables.items), (inputs.features, tables.features), (inputs.users, tables.users)]
-        return self._embed(bags, inputs.numbers)
+        embedding_BD = self._embed(bags, inputs.numbers)
+        if not self.config.tasks:
+            return embedding_BD[None]
+        return F.normalize(embedding_BD @ self.heads.mT, dim=2)
 
 
 def build_towers(config: TowerConfig, seed: int = 0) -> tuple[QueryTower, ItemTower]:

@@ -18,8 +18,9 @@ from trainer.item_events import ItemChange
 from trainer.loop import Loop
 from trainer.metrics import Metrics
 from trainer.model import Model
-from trainer.step import Learner, TrainingConfig
+from trainer.step import Learner
 from trainer.towers import Feature, ItemFeatures, TowerConfig
+from trainer.training import TrainingConfig
 
 CONFIG = TowerConfig(
     embedding_dim=8,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from streams.service import ConfigurationError, load_settings
+from trainer.rewards import Task
 from trainer.rollout import PublishSettings
-from trainer.settings import TrainerSettings, settings_hash
-from trainer.step import TrainingConfig
+from trainer.settings import PRESETS, TrainerSettings, settings_hash
 from trainer.towers import TowerConfig
+from trainer.training import TrainingConfig
 
 FEATURES = {"context": [{"name": "device", "kind": "categorical"}], "item": [{"name": "title", "kind": "text"}]}
 
@@ -32,6 +34,38 @@ def test_defaults_are_those_of_the_parts() -> None:
     for field in dataclasses.fields(PublishSettings):
         if field.name != "settings_hash":
             assert getattr(settings, field.name) == field.default, field.name
+
+
+def test_the_papers_preset_is_the_papers_recipe_and_a_setting_wins_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMTOWER_TRAINER_PRESET", "paper")
+    paper = load_settings(TrainerSettings)
+    assert TowerConfig.from_dict(paper.towers()) == TowerConfig(
+        hidden=(512,), embedding_dim=128, history_decay=1.0, temperature=0.05
+    )
+    training = TrainingConfig(**paper.training())
+    assert (training.loss, training.correction, training.mask_history) == ("softmax", "logq", False)
+    assert (training.recent_negatives, training.uniform_negatives, training.chosen_negatives) == (0, 0, 0)
+    assert paper.popularity_weight == 0.0
+    monkeypatch.setenv("STREAMTOWER_TRAINER_HIDDEN", "[8]")
+    monkeypatch.setenv("STREAMTOWER_TRAINER_CORRECTION", "none")
+    changed = load_settings(TrainerSettings, temperature=0.14)
+    assert (changed.hidden, changed.correction, changed.temperature, changed.embedding_dim) == ((8,), "none", 0.14, 128)
+
+
+def test_presets_name_settings_alone() -> None:
+    for preset in PRESETS.values():
+        assert preset.keys() <= TrainerSettings.model_fields.keys()
+    assert set(PRESETS) == set(get_args(TrainerSettings.model_fields["preset"].annotation))
+    with pytest.raises(ConfigurationError, match="PRESET"):
+        load_settings(TrainerSettings, {}, preset="best")
+
+
+def test_tasks_are_read_and_bind_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load_settings(TrainerSettings, {})
+    monkeypatch.setenv("STREAMTOWER_TRAINER_TASKS", '{"reward": 1, "purchase": 4}')
+    settings = load_settings(TrainerSettings)
+    assert TowerConfig.from_dict(settings.towers()).tasks == (Task("reward", 1.0), Task("purchase", 4.0))
+    assert settings_hash(settings.identity()) != settings_hash(plain.identity())
 
 
 @pytest.mark.parametrize("form", ["inline", "json", "toml"])

@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streams.contract import UInt64Array, hash_ids
-from trainer.loss import candidate_mask, in_batch_softmax_loss
-from trainer.step import Clicks, Learner, NonFiniteError, TrainingConfig
+from trainer.loss import in_batch_softmax_loss
+from trainer.negatives import candidate_mask
+from trainer.rewards import Task
+from trainer.step import Clicks, KnownItems, Learner, NonFiniteError
 from trainer.towers import Feature, ItemFeatures, ItemInputs, TowerConfig, encode_item_features, query_inputs
+from trainer.training import Candidates, TrainingConfig, batch_loss
 
 CONFIG = TowerConfig(
     embedding_dim=8,
@@ -50,7 +53,27 @@ class Items:
 
 
 def learner(config: TowerConfig = CONFIG, training: TrainingConfig = BATCH_ALONE) -> Learner:
-    return Learner(config, training, Items(config))
+    return Learner(config, training, Items(config), known_items)
+
+
+def known_items() -> KnownItems:
+    """The second half of the items, the last three of which are not served any more."""
+    log_q = np.linspace(-3, -9, 30).astype(np.float32)
+    log_q[-3:] = -np.inf
+    return ITEM_HASH[30:], log_q
+
+
+VARIANTS = {
+    "plain": TrainingConfig(rows_per_step=8, recent_negatives=20, recent_window=50, seed=3),
+    "corrected": TrainingConfig(rows_per_step=8, recent_negatives=20, recent_window=50, correction="logq", seed=3),
+    "refined": TrainingConfig(rows_per_step=8, recent_negatives=5, recent_window=50, correction="refined", seed=3),
+    "mixed": TrainingConfig(rows_per_step=8, recent_negatives=0, uniform_negatives=9, correction="mixed", seed=3),
+    "random": TrainingConfig(rows_per_step=8, chosen_negatives=4, correction="mixed", uniform_negatives=5, seed=3),
+    "hardest": TrainingConfig(rows_per_step=8, chosen_negatives=4, choice="hardest", seed=3),
+    "semi-hard": TrainingConfig(rows_per_step=8, chosen_negatives=4, choice="semi-hard", seed=3),
+    "gbce": TrainingConfig(rows_per_step=8, uniform_negatives=9, loss="gbce", seed=3),
+}
+TWO_TASKS = dataclasses.replace(CONFIG, tasks=(Task("reward", 1.0), Task("watch_share", 0.5)))
 
 
 def clicks(seed: int, num_clicks: int = 20, config: TowerConfig = CONFIG) -> Clicks:
@@ -69,7 +92,7 @@ def clicks(seed: int, num_clicks: int = 20, config: TowerConfig = CONFIG) -> Cli
             config, hash_ids([f"u{n}" for n in random.integers(0, 9, num_clicks)]), history, offsets, context
         ),
         item_hash=ITEM_HASH[item],
-        reward=random.choice([0.0, 1.0, 2.0], num_clicks).astype(np.float32),
+        reward=random.choice([0.0, 1.0, 2.0], (num_clicks, max(len(config.tasks), 1))).astype(np.float32),
         log_q=np.log(0.9**item * 0.1).astype(np.float32),
         history_values=history,
         history_offsets=offsets,
@@ -108,7 +131,7 @@ def test_steps_are_those_of_torchs_adagrad_on_whole_tables(correction: str, hidd
         item = theirs.item_inputs(batch.item_hash)
         loss = in_batch_softmax_loss(
             theirs.query_tower(batch.query) @ theirs.item_tower(item).T / config.temperature,
-            torch.from_numpy(batch.reward),
+            torch.from_numpy(batch.reward[:, 0]),
             torch.from_numpy(batch.log_q) if correction == "logq" else None,
             candidate_mask(batch.item_hash, len(batch), batch.history_values, batch.history_offsets),
         )
@@ -197,9 +220,115 @@ def test_a_drawn_negative_brings_the_log_q_that_it_had_when_it_was_clicked() -> 
     log_q = torch.tensor([*second.log_q.tolist(), *(log_q_of[value] for value in asked[20:].tolist())])
     query, item = towers.query_tower(second.query), towers.item_tower(towers.item_inputs(asked))
     expected = in_batch_softmax_loss(
-        query @ item.T / CONFIG.temperature, torch.from_numpy(second.reward), log_q, candidate_mask(asked, 20)
+        query @ item.T / CONFIG.temperature, torch.from_numpy(second.reward[:, 0]), log_q, candidate_mask(asked, 20)
     )
     assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_uniform_negatives_are_drawn_from_the_items_that_are_served() -> None:
+    model = learner(training=TrainingConfig(recent_negatives=0, uniform_negatives=500, seed=2))
+    model.step(clicks(0))
+    asked = model.item_inputs.asked[-1]  # type: ignore[attr-defined]
+    assert asked[:20].tolist() == clicks(0).item_hash.tolist()
+    assert len(asked) == 520
+    assert set(asked[20:].tolist()) == set(ITEM_HASH[30:57].tolist())
+    times = np.unique(asked[20:], return_counts=True)[1]
+    assert abs(times - 500 / 27).max() < 5 * math.sqrt(500 / 27)
+
+
+def test_an_item_drawn_from_the_catalogue_brings_the_log_q_that_it_has_there() -> None:
+    """The loss of a mixed step, recomputed from what the catalogue was asked for, and told apart from a wrong one."""
+    model = learner(training=TrainingConfig(recent_negatives=0, uniform_negatives=15, correction="mixed", seed=4))
+    towers, batch = learner(), clicks(1)
+    for name, tensor in towers.state_dict().items():
+        if name.startswith(("tables.", "query.", "item.")):
+            tensor.copy_(model.state_dict()[name])
+    loss = model.step(batch).loss
+    asked = model.item_inputs.asked[-1]  # type: ignore[attr-defined]
+    log_q_of = dict(zip(ITEM_HASH[30:].tolist(), known_items()[1].tolist(), strict=True))
+    log_q = torch.tensor([*batch.log_q.tolist(), *(log_q_of[value] for value in asked[20:].tolist())])
+    logits = towers.query_tower(batch.query) @ towers.item_tower(towers.item_inputs(asked)).T / CONFIG.temperature
+    mask = candidate_mask(asked, 20, batch.history_values, batch.history_offsets)
+    expected, wrong = (
+        batch_loss(
+            model.training,
+            logits,
+            torch.from_numpy(batch.reward[:, 0]),
+            Candidates(values, mask, num_uniform=15, num_items=27),
+            np.random.default_rng(0),
+        ).item()
+        for values in (log_q, log_q.flip(0))
+    )
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert loss != pytest.approx(wrong, rel=1e-3)
+
+
+def test_a_catalogue_that_is_empty_gives_no_uniform_negatives() -> None:
+    training = TrainingConfig(recent_negatives=0, uniform_negatives=15, correction="refined", seed=4)
+    nothing = (np.zeros(0, np.uint64), np.zeros(0, np.float32))
+    model = Learner(CONFIG, training, Items(CONFIG), lambda: nothing)
+    model.step(clicks(0))
+    assert len(model.item_inputs.asked[-1]) == 20  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("training", [TrainingConfig(uniform_negatives=1), TrainingConfig(loss="gbce")])
+def test_what_needs_a_catalogue_is_refused_without_one(training: TrainingConfig) -> None:
+    with pytest.raises(ValueError, match="need a catalogue"):
+        Learner(CONFIG, training, Items(CONFIG))
+
+
+def test_with_one_task_of_weight_one_the_first_loss_is_that_without_tasks() -> None:
+    config = dataclasses.replace(CONFIG, tasks=(Task("reward", 1.0),))
+    batch = clicks(0)
+    assert learner(config).step(batch).loss == pytest.approx(learner().step(batch).loss, rel=1e-6)
+    assert learner(config).embed_queries(batch.query) == pytest.approx(learner().embed_queries(batch.query), abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_of_several_tasks_is_the_weighted_sum_of_theirs(variant: str) -> None:
+    """Before anything is learnt all heads are alike, so each task's loss is that of its rewards without tasks."""
+    batch = clicks(0, config=TWO_TASKS)
+    losses = [
+        learner(training=VARIANTS[variant]).step(dataclasses.replace(batch, reward=batch.reward[:, [place]])).loss
+        for place in (0, 1)
+    ]
+    if variant != "random":  # where each task draws for itself
+        together = learner(TWO_TASKS, VARIANTS[variant]).step(batch).loss
+        assert together == pytest.approx(losses[0] + 0.5 * losses[1], rel=1e-5)
+
+
+def test_rewards_that_do_not_fit_the_tasks_are_refused() -> None:
+    with pytest.raises(ValueError, match="a click has 1 rewards"):
+        learner(TWO_TASKS).step(clicks(0))
+    with pytest.raises(ValueError, match="a click has 2 rewards"):
+        learner().step(clicks(0, config=TWO_TASKS))
+
+
+def test_heads_learn_rewards_that_contradict_each_other_and_the_weights_choose_between_them() -> None:
+    """Users of taste t click items of t and of t + 4; the former are watched to the end, the latter bought."""
+    random = np.random.default_rng(0)
+    hashes = hash_ids([f"planted {number}" for number in range(NUM_TASTES * ITEMS_PER_TASTE)])
+    inputs = ItemFeatures(TowerConfig(item_rows=2**12))
+
+    def own_taste_first(watched: float, bought: float) -> float:
+        tasks = (Task("watched", watched), Task("bought", bought))
+        config = TowerConfig(embedding_dim=16, row_dim=16, item_rows=2**12, tasks=tasks)
+        training = TrainingConfig(recent_window=2_000)
+        model = Learner(config, training, lambda item_hash: inputs.gather(item_hash, np.full(len(item_hash), -1)))
+        for _ in range(30):
+            batch, items = planted(random, 256, config)
+            other = random.random(256) < 0.5
+            item = (items[:, 5] + other * (NUM_TASTES // 2) * ITEMS_PER_TASTE) % len(hashes)
+            reward = np.stack([~other, other], axis=1).astype(np.float32)
+            model.learn(dataclasses.replace(batch, item_hash=hashes[item], reward=reward))
+        test, items = planted(random, 500, config)
+        scores = model.embed_queries(test.query) @ model.embed_items(model.item_inputs(hashes)).T
+        scores[np.arange(500)[:, None], items[:, :5]] = -np.inf
+        best = np.argsort(-scores, axis=1)[:, : ITEMS_PER_TASTE - 5]
+        return float((best // ITEMS_PER_TASTE == items[:, :1] // ITEMS_PER_TASTE).mean())
+
+    assert own_taste_first(1.0, 0.05) > 0.9
+    assert own_taste_first(0.05, 1.0) < 0.1
 
 
 def test_clicks_of_reward_zero_move_nothing() -> None:
@@ -287,18 +416,22 @@ def test_the_same_seed_learns_the_same_bits_and_another_seed_others() -> None:
     assert not torch.equal(models[0].state_dict()["tables.items"], models[2].state_dict()["tables.items"])
 
 
+@pytest.mark.parametrize("config", [CONFIG, TWO_TASKS], ids=["one task", "two tasks"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_batches", [0, 1, 5])
-def test_learning_goes_on_from_a_stored_state_as_if_never_interrupted(num_batches: int, tmp_path: Path) -> None:
-    training = TrainingConfig(rows_per_step=8, recent_negatives=20, recent_window=50, correction="logq", seed=3)
-    straight = learner(training=training)
+def test_learning_goes_on_from_a_stored_state_as_if_never_interrupted(
+    num_batches: int, variant: str, config: TowerConfig, tmp_path: Path
+) -> None:
+    training = VARIANTS[variant]
+    straight = learner(config, training)
     for seed in range(num_batches):
-        straight.learn(clicks(seed))
+        straight.learn(clicks(seed, config=config))
     save_file(straight.state_dict(), tmp_path / "state")
-    resumed = learner(training=training)
-    resumed.learn(clicks(99))
+    resumed = learner(config, training)
+    resumed.learn(clicks(99, config=config))
     resumed.load_state_dict(load_file(tmp_path / "state"))
     for seed in range(num_batches, num_batches + 3):
-        assert straight.learn(clicks(seed)) == resumed.learn(clicks(seed))
+        assert straight.learn(clicks(seed, config=config)) == resumed.learn(clicks(seed, config=config))
     assert_same_bits(straight.state_dict(), resumed.state_dict())
     query = clicks(7).query
     assert straight.embed_queries(query).tobytes() == resumed.embed_queries(query).tobytes()
@@ -311,6 +444,7 @@ def test_the_state_of_another_configuration_is_refused_and_changes_nothing() -> 
     others = [
         learner(dataclasses.replace(CONFIG, item_rows=128)),
         learner(dataclasses.replace(CONFIG, hidden=(4,))),
+        learner(TWO_TASKS),
         learner(training=dataclasses.replace(BATCH_ALONE, recent_window=10)),
     ]
     for other in others:
@@ -318,18 +452,6 @@ def test_the_state_of_another_configuration_is_refused_and_changes_nothing() -> 
         with pytest.raises(ValueError, match="another configuration"):
             model.load_state_dict(other.state_dict())
         assert_same_bits(model.state_dict(), before)
-
-
-def test_a_training_configuration_says_all_that_is_wrong_with_it_at_once() -> None:
-    with pytest.raises(ValueError) as caught:
-        TrainingConfig(correction="some", rows_per_step=0, recent_window=0, row_learning_rate=math.inf, seed=-1)  # type: ignore[arg-type]
-    assert sorted(line.split()[0] for line in str(caught.value).splitlines()) == [
-        "correction",
-        "recent_window",
-        "row_learning_rate",
-        "rows_per_step",
-        "seed",
-    ]
 
 
 NUM_TASTES, ITEMS_PER_TASTE = 8, 20
