@@ -55,8 +55,10 @@ class GapEstimator:
     Departures from the paper, all undone by `initial_gap`:
     - the first hit of a bucket only sets A: the time before an item's birth is no gap of it;
     - the k-th gap is averaged in at the rate max(alpha, 1/k), so that B starts as the plain mean of its gaps, unbiased;
-    - a bucket that is hit no more answers with t − A as soon as that is longer than B;
-    - in mode "batch", two items of one batch that share a bucket count as one: their gap of 0 is no gap of either.
+    - a bucket that is hit no more answers with t − A as soon as that is longer than B.
+
+    In mode "batch" all items of a batch count at once: two that share a bucket hit it once, for a gap of 0 steps would
+    be no gap of either. (Taken one after the other, as the paper's loop is written, they would.)
 
     An item of buckets that were hit once answers 1 / t: once in all the steps so far; one never hit, 1 / (t + 1).
 
@@ -284,7 +286,7 @@ def _update(buckets: Buckets, item_hash: UInt64Array, step: int, by_click: bool,
                 newly_occupied += 1
             if bucket.last_seen_step > 0 or not warm:
                 gap = step - bucket.last_seen_step
-                if gap == 0 and warm:
+                if gap == 0:
                     continue
                 bucket.num_gaps = min(bucket.num_gaps + 1, 1 << 30)
                 rate = max(alpha, 1.0 / bucket.num_gaps) if warm else alpha

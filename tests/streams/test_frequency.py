@@ -245,6 +245,16 @@ def test_where_in_its_batch_an_item_stands_does_not_lengthen_its_gap() -> None:
     assert np.mean(as_silence) == pytest.approx(50 + np.sum((1 - x / 256) * (1 - 1 / 50) ** x), rel=0.02)
 
 
+@pytest.mark.parametrize("initial_gap", [None, 100.0])
+def test_items_of_a_batch_that_share_a_bucket_hit_it_once(initial_gap: float | None) -> None:
+    """Two buckets, twenty items in each batch: every step is a hit of both, and every gap 1."""
+    estimator = GapEstimator(2, 1, 0.5, "batch", initial_gap=initial_gap)
+    for _ in range(60):
+        estimator.update(hashes(20))
+    np.testing.assert_allclose(estimator.sampling_probability(hashes(20)), 1.0, rtol=1e-6)
+    assert set(estimator.state()["num_gaps"].tolist()[0]) == {60 if initial_gap else 59}
+
+
 def test_an_answer_says_how_many_gaps_it_rests_on() -> None:
     """1 / Σ weight² of the gaps averaged; where one hit or the silence speaks, 1; where nothing was hit, 0."""
     alpha = 0.1
