@@ -101,6 +101,32 @@ ROWS: dict[str, list[Panel]] = {
             quantiles(TRAINER + "click_to_servable_seconds"),
             12,
         ),
+        Panel(
+            "Drift by other measures",
+            "Jensen-Shannon distance, in which items that came or went altogether weigh most, and the population "
+            "stability index over deciles of popularity, in which only moves between popular and rare items count: "
+            "0.1 is moderate, 0.25 significant. Both less what sampling alone makes of them.",
+            NUMBER,
+            {
+                "Jensen-Shannon {{instance}}": STREAMS + "js_drift_ratio",
+                "its noise {{instance}}": STREAMS + "js_drift_noise_ratio",
+                "stability index {{instance}}": STREAMS + "popularity_stability_index",
+            },
+            12,
+        ),
+        Panel(
+            "Clicks on young items",
+            "Share of the clicks whose item had its first click within the last hour (young_minutes), lately and "
+            "usually. They differ by more than the noise when much that is new is clicked, or nothing new comes any "
+            "more. Nothing counts in the first hour.",
+            RATIO,
+            {
+                "lately {{instance}}": STREAMS + "young_clicks_ratio",
+                "usually {{instance}}": STREAMS + "young_clicks_usual_ratio",
+                "noise {{instance}}": STREAMS + "young_clicks_noise_ratio",
+            },
+            12,
+        ),
     ],
     "Clicks": [
         Panel(

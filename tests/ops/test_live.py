@@ -40,6 +40,9 @@ QUIET = {
     "Items: unpublished",
     "Items: deleted",
     "Frequency drift: drift {{instance}}",
+    "Drift by other measures: Jensen-Shannon {{instance}}",
+    "Drift by other measures: stability index {{instance}}",
+    "Clicks on young items",
 }
 """Panels or queries of them that are zero while all is well: nothing missing, waiting, deleted or drifting."""
 AT_ONCE = {
