@@ -26,6 +26,9 @@ ROOT = Path(__file__).parents[3]
 class Member:
     """One process, as often as it is started."""
 
+    end_codes: frozenset[int] = frozenset({0})
+    """Exit codes that are right after SIGTERM."""
+
     def __init__(self, name: str, command: list[str], log: Path, environment: dict[str, str]) -> None:
         self.name = name
         self.process: ChildProcess | None = None
@@ -71,6 +74,8 @@ class Member:
 
 class ApacheNode(Member):
     """One node of Apache Kafka, on its data again after each start."""
+
+    end_codes = frozenset({0, 128 + signal.SIGTERM})  # as Java says it
 
     def __init__(self, home: Path, folder: Path, properties: tuple[str, ...] = ()) -> None:
         folder.mkdir(parents=True)

@@ -170,7 +170,7 @@ class Killer:
             return
         if member.name in self._ending:
             del self._ending[member.name]
-            if code != 0:
+            if code not in member.end_codes:
                 self.surprises.append(f"{member.name} ended with {code} after SIGTERM: {member.process.tail()[-1500:]}")
         if not member.told_to_end:
             self.surprises.append(f"{member.name} ended by itself with {code}: {member.process.tail()[-3000:]}")
