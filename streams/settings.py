@@ -39,7 +39,7 @@ class StreamsSettings(KafkaSettings):
     estimator_mode: Literal["click", "batch"] = "click"
     """click: counts gaps in clicks, which gives shares of clicks. batch: the paper's, counts gaps in micro-batches."""
     num_buckets: int = Field(2**18, ge=2, le=2**30)
-    """Buckets of the frequency estimator for each hash, a power of two; several times the number of live items."""
+    """Buckets of the frequency estimator for each hash, 16 bytes each; several times the number of live items."""
     num_hashes: int = Field(4, ge=1, le=16)
     """Hashes of the frequency estimator."""
     alpha: float = Field(0.01, gt=0, le=1)
@@ -89,8 +89,6 @@ class StreamsSettings(KafkaSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> StreamsSettings:
-        if self.num_buckets & (self.num_buckets - 1):
-            raise ValueError("num_buckets must be a power of two, such as 262144")
         if self.drift_fast_clicks >= self.drift_slow_clicks:
             raise ValueError("drift_fast_clicks must be less than drift_slow_clicks")
         return self

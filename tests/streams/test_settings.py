@@ -35,7 +35,7 @@ def test_every_problem_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"num_buckets": "1000"}, "num_buckets must be a power of two"),
+        ({"num_buckets": "1"}, "NUM_BUCKETS"),
         ({"drift_fast_clicks": "500", "drift_slow_clicks": "500"}, "drift_fast_clicks must be less"),
         ({"max_rejected_ratio": "0"}, "MAX_REJECTED_RATIO"),
         ({"topic_prefix": "a b"}, "TOPIC_PREFIX"),
