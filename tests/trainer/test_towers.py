@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from streams.contract import hash_id, hash_ids
+from trainer.rewards import Task
 from trainer.towers import (
     Feature,
     ItemFeatures,
@@ -32,6 +33,7 @@ FULL = dataclasses.replace(
     item=(Feature("brand", "categorical"), Feature("tags", "multi"), Feature("price", "number")),
     hidden=(8,),
 )
+TASKS = dataclasses.replace(FULL, tasks=(Task("reward", 1.0), Task("purchase", 3.0)))
 CONFIGS = pytest.mark.parametrize("config", [LINEAR, FULL], ids=["linear", "full"])
 
 
@@ -159,7 +161,24 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(config: To
     assert not torch.allclose(first(inputs), other(inputs))
 
 
-@CONFIGS
+def test_the_weighted_mean_of_the_tasks_scores_is_one_inner_product() -> None:
+    query, item = build_towers(TASKS, seed=3)
+    query.requires_grad_(False)
+    item.requires_grad_(False)
+    query.heads.normal_(generator=torch.Generator().manual_seed(0))
+    inputs = queries(TASKS, [["a", "b"], [], ["c"]], device=["tv", None, "tv"], hour=[0.3, None, 1.0], seed=["c"] * 3)
+    items = item(ItemFeatures(TASKS).gather(hash_ids(["a", "x"]), np.array([-1, -1])))
+    embedding = query.embed_tasks(inputs, query.tables)
+    torch.testing.assert_close(embedding.norm(dim=2), torch.ones(2, 3))
+    served = query(inputs) @ items.T
+    for row in range(3):
+        for place in range(2):
+            by_task = [float(embedding[task, row] @ items[place]) for task in (0, 1)]
+            assert served[row, place].item() == pytest.approx((by_task[0] + 3 * by_task[1]) / 4, abs=1e-6)
+    assert abs(served - embedding[0] @ items.T).max() > 0.01
+
+
+@pytest.mark.parametrize("config", [LINEAR, FULL, TASKS], ids=["linear", "full", "tasks"])
 def test_a_stored_query_tower_gives_the_same_bits(config: TowerConfig, tmp_path: Path) -> None:
     tower, _ = build_towers(config, seed=9)
     tower.tables.users.normal_()
@@ -173,7 +192,15 @@ def test_a_stored_query_tower_gives_the_same_bits(config: TowerConfig, tmp_path:
 
 @pytest.mark.parametrize(
     "change",
-    [{"item_rows": 128}, {"row_dim": 8}, {"embedding_dim": 3}, {"hidden": ()}, {"use_user_id": False}, {"context": ()}],
+    [
+        {"item_rows": 128},
+        {"row_dim": 8},
+        {"embedding_dim": 3},
+        {"hidden": ()},
+        {"use_user_id": False},
+        {"context": ()},
+        {"tasks": (Task("reward", 1.0),)},
+    ],
 )
 def test_a_query_tower_of_another_configuration_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     save_query_tower(tmp_path / "tower.safetensors", build_towers(FULL)[0])
