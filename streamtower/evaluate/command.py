@@ -93,7 +93,7 @@ def evaluate(
         if report is not None:
             require("the report's plot", "matplotlib")
         chosen = _chosen_baselines(baselines) if protocol == "prequential" else []
-        document = _run(open_seed, preset or ["default"], chosen, strict, protocol, first_day, seeds)
+        document = _run(open_seed, preset or [], chosen, strict, protocol, first_day, seeds)
     except DatasetError as error:
         fail(str(error), EXIT_USAGE)
     except ConfigurationError as error:
@@ -147,7 +147,10 @@ def _run(
     from streamtower.evaluate.evaluation import evaluate_contest, trainer_settings
 
     first = open_seed(0)
-    models = {preset: trainer_settings(first, preset) for preset in presets}
+    models = {preset: trainer_settings(first, preset=preset) for preset in presets}
+    if not models:
+        settings = trainer_settings(first)
+        models, presets = {settings.preset: settings}, [settings.preset]
     streams = load_settings(StreamsSettings)
     _set_threads(next(iter(models.values())).num_threads)
     with _shown() as begin:

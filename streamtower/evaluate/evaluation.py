@@ -36,6 +36,8 @@ HALF_LIVES = (200.0, 1_000.0, 5_000.0, 25_000.0, math.inf)
 """Of live popularity, in clicks; the best of them, in hindsight, is the baseline."""
 STRICT = "_strict"
 """Behind the name of a model whose histories hold clicks of earlier moments only."""
+PAPER_ESTIMATOR: dict[str, Any] = {"estimator_mode": "batch", "num_hashes": 1}
+"""Settings of streams beside the trainer's preset "paper": the frequency estimate as in the paper's experiments."""
 NUM_PARTS = 40
 """Stretches of the stream for which recall and drift are told."""
 
@@ -117,7 +119,8 @@ def evaluate_contest(
     Args:
         open_seed: the data set with the ties of its clicks shuffled by a seed.
         streams: settings of streams.
-        models: name → settings of the trainer; the seed is set by the evaluation.
+        models: name → settings of the trainer; the seed is set by the evaluation. A model of preset "paper" gets the
+            paper's frequency estimate.
         baselines: of BASELINES.
         seeds: at least one.
         strict: names of models that also run with strict histories, where the data have ties.
@@ -134,14 +137,17 @@ def evaluate_contest(
         result.rejected, result.has_ties = dict(rejected), has_ties(clicks)
         result.drift = [float(part[-1]) for part in np.array_split(clicks.drift, min(NUM_PARTS, len(clicks.drift)))]
 
-        def shown(name: str, contestant: Contestant, stream: Stream = clicks) -> Run:
-            return run(contestant, stream, begin(name, stream.num_clicks))
+        def shown(name: str, contestant: Contestant, over: Stream = clicks) -> Run:
+            return run(contestant, over, begin(name, over.num_clicks))
 
         for name, settings in models.items():
             seeded = settings.model_copy(update={"seed": seed})
-            _contest(result, name).add(clicks, shown(name, TowersContestant(clicks, seeded, items)))
+            own = clicks
+            if settings.preset == "paper":
+                own = stream(cuts, streams.model_copy(update=PAPER_ESTIMATOR).state_config())
+            _contest(result, name).add(own, shown(name, TowersContestant(own, seeded, items), own))
             if name in strict and result.has_ties:
-                earlier = with_strict_histories(clicks, streams.history_length)
+                earlier = with_strict_histories(own, streams.history_length)
                 contestant = TowersContestant(earlier, seeded, items)
                 _contest(result, name + STRICT).add(earlier, shown(name + STRICT, contestant, earlier))
         for name in baselines:
@@ -174,8 +180,8 @@ def _popularity(result: Evaluation, clicks: Stream, shown: Callable[[str, Contes
     contest.note = f"half-life {half_life} clicks"
 
 
-def trainer_settings(dataset: Dataset, preset: str = "default", **values: object) -> TrainerSettings:
-    """The trainer's settings for a data set: from its environment variables, with a preset and the set's own features.
+def trainer_settings(dataset: Dataset, **values: object) -> TrainerSettings:
+    """The trainer's settings for a data set: its environment variables, the set's own features, and `values`, which win.
 
     Raises:
         ConfigurationError: every problem at once.
@@ -188,8 +194,7 @@ def trainer_settings(dataset: Dataset, preset: str = "default", **values: object
     suggested: dict[str, object] = {
         name: _plain(value) for name, value in dataset.trainer.items() if prefix + name.upper() not in os.environ
     }
-    chosen: dict[str, object] = {} if preset == "default" else {"preset": preset}
-    given = suggested | {"features": json.dumps(features)} | chosen | values
+    given = suggested | {"features": json.dumps(features)} | values
     return load_settings(TrainerSettings, None, **given)
 
 

@@ -73,6 +73,19 @@ def test_an_items_features_are_told_after_its_first_click() -> None:
         assert len(bags.rows) == len(catalogue), "each item has its one brand"
 
 
+def test_the_papers_preset_gets_the_papers_frequency_estimate() -> None:
+    corrected = TRAINER.model_copy(update={"correction": "logq"})
+    result = evaluate_contest(
+        lambda seed: random_dataset(600, num_items=20),
+        STREAMS,
+        {"default": corrected, "again": corrected, "paper": corrected.model_copy(update={"preset": "paper"})},
+        baselines=[],
+        seeds=[0],
+    )
+    found = {name: contest.measures[0] for name, contest in result.contests.items()}
+    assert found["default"] == found["again"] != found["paper"]
+
+
 def test_seeds_shuffle_and_train_anew_and_all_are_summed_up() -> None:
     asked = []
 
