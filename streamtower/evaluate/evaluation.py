@@ -181,7 +181,7 @@ def _popularity(result: Evaluation, clicks: Stream, shown: Callable[[str, Contes
 
 
 def trainer_settings(dataset: Dataset, **values: object) -> TrainerSettings:
-    """The trainer's settings for a data set: its environment variables, the set's own features, and `values`, which win.
+    """The trainer's settings for a data set: environment variables, the set's own features, and `values`, which win.
 
     Raises:
         ConfigurationError: every problem at once.
