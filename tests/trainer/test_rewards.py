@@ -8,10 +8,14 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from streams.contract import MicroBatch
+from streams.service import load_settings
 from tests.trainer.streams_of_clicks import micro_batch
+from trainer.model import new_model
 from trainer.rewards import MAX_TASKS, Task, task_rewards
+from trainer.settings import TrainerSettings
 from trainer.towers import Feature, TowerConfig
 
 OWN = np.array([1.0, 0.5, 2.0], np.float32)
@@ -64,3 +68,19 @@ def test_tasks_survive_json_and_other_forms_are_refused() -> None:
     assert TowerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="tasks must be an object"):
         TowerConfig.from_dict({"tasks": ["reward"]})
+
+
+def test_a_model_learns_each_task_from_its_column_of_the_micro_batch() -> None:
+    """A click that was no purchase teaches the head of purchases nothing."""
+    settings = load_settings(
+        TrainerSettings, {}, tasks={"reward": 1, "purchase": 4}, item_rows=256, recent_negatives=0, evaluation_rows=0
+    )
+    moved = []
+    for purchase in (pa.array([None, None]), pa.array([None, "true"])):
+        model = new_model(settings)
+        heads = model.learner.query_tower.heads
+        before = heads.detach().clone()
+        context = {"purchase": purchase.cast(pa.string())}
+        model.learn(micro_batch(["a", "b"], histories=[["c"], ["d"]], context=context), 1)
+        moved.append([not torch.equal(heads[task], before[task]) for task in (0, 1)])
+    assert moved == [[True, False], [True, True]]
