@@ -147,11 +147,13 @@ def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> Str
 
     async def on_partitions_revoked(app: ChunkApp, revoked: set[TP], **_: object) -> None:
         metrics.ready.set(0)
+        partitions.is_assigned = False
         await commit()
 
     async def on_partitions_assigned(app: ChunkApp, assigned: set[TP], **_: object) -> None:
         owned = {tp.partition for tp in assigned if tp.topic == topics.clicks}
         partitions.keep_only(owned)
+        partitions.is_assigned = True
         metrics.partitions.set(len(owned))
         metrics.ready.set(1)
         log.info("ready", partitions=sorted(owned))

@@ -287,6 +287,8 @@ class Partitions:
 
     def __init__(self, new_worker: Callable[[int], PartitionWorker], end: Callable[[BaseException], object]) -> None:
         self.owned: set[int] = set()
+        self.is_assigned = False
+        """Whether the group has shared the partitions out, and is not about to do so again."""
         self.workers: dict[int, PartitionWorker] = {}
         """Of partitions that clicks came from."""
         self._tasks: dict[int, asyncio.Task[None]] = {}

@@ -44,6 +44,8 @@ class WatchedPartitions(Protocol):
     """All of them. `owned` are this process's; a worker exists from the first chunk on."""
 
     owned: set[int]
+    is_assigned: bool
+    """False at first, and while the group shares the partitions out again."""
 
     @property
     def workers(self) -> Mapping[int, Watched]: ...
@@ -63,6 +65,7 @@ class Watcher:
         self._partitions, self._clicks_on_broker, self._metrics = partitions, clicks_on_broker, metrics
         self._deadline_seconds, self._clock = deadline_seconds, clock
         self._answered_at = clock()
+        self._assigned_at = clock()
         self._moved_at: dict[int, float] = {}
         self._positions: dict[int, int] = {}
 
@@ -70,7 +73,8 @@ class Watcher:
         """Looks until cancelled.
 
         Raises:
-            DependencyError: Kafka did not answer, or clicks waited and none was passed on, for the deadline.
+            DependencyError: Kafka did not answer, the group did not share out its partitions, or clicks waited and
+                none was passed on, for the deadline.
         """
         turn = 0
         while True:
@@ -128,6 +132,12 @@ class Watcher:
             return
         now = self._answered_at = self._clock()
         self._metrics.kafka_up.set(1)
+        if self._partitions.is_assigned:
+            self._assigned_at = now
+        elif now - self._assigned_at > self._deadline_seconds:
+            raise DependencyError(
+                f"the consumer group has not shared out its partitions for {self._deadline_seconds:g} s"
+            )
         positions, total, stuck = {}, 0, {}
         for partition, (first, end, committed) in bounds.items():
             worker = self._partitions.workers.get(partition)

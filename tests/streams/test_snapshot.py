@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,3 +259,24 @@ def test_a_failure_to_write_is_counted_and_the_work_goes_on(tmp_path: Path) -> N
     folder.mkdir()
     whole.write_bytes(data)
     assert keeping.save_all() == [50, 60], "tried again, for it was not saved"
+
+
+FULL_DISK = """
+import resource, signal, sys
+from tests.streams.test_snapshot import Bench
+bench = Bench(sys.argv[1])
+bench.save(50)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
+try:
+    bench.save(60)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_the_one_before_and_nothing_half_written(tmp_path: Path) -> None:
+    told = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "File too large"
+    assert [path.name[:20] for path in files(tmp_path)] == [f"{50:020d}"]
+    assert Bench(tmp_path).load() == 50

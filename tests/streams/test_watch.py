@@ -31,6 +31,7 @@ class Worker:
 class Partitions:
     owned: set[int] = field(default_factory=lambda: {0, 1})
     workers: dict[int, Worker] = field(default_factory=dict)
+    is_assigned: bool = True
 
 
 class Broker:
@@ -130,6 +131,19 @@ def test_progress_replays_and_empty_topics_are_no_standstill() -> None:
     bench.broker.answer = {0: (0, 41, 41), 1: (0, 0, None)}
     bench.look(100)
     bench.look(100)
+
+
+def test_a_group_that_does_not_share_out_its_partitions_is_waited_for_until_the_deadline() -> None:
+    bench = Bench()
+    bench.partitions.is_assigned, bench.partitions.owned = False, set()
+    bench.broker.answer = {}
+    bench.look(60)
+    bench.partitions.is_assigned = True
+    bench.look(100)
+    bench.partitions.is_assigned = False
+    bench.look(60)
+    with pytest.raises(DependencyError, match="has not shared out its partitions for 60 s"):
+        bench.look(1)
 
 
 def test_a_broker_that_does_not_answer_is_waited_for_until_the_deadline() -> None:
