@@ -35,6 +35,7 @@ class Member:
         self.told_to_end = False
         """Whether its end, when it comes, is no surprise."""
         self._command, self._log, self._environment = command, log, environment
+        self._log_start = 0
 
     @property
     def kind(self) -> str:
@@ -46,7 +47,11 @@ class Member:
 
     def start(self) -> None:
         self.told_to_end = False
-        self.process = ChildProcess(self.name, [sys.executable, *self._command], self._log, self._environment)
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
+        self.process = ChildProcess(self.name, self._line(), self._log, self._environment)
+
+    def _line(self) -> list[str]:
+        return [sys.executable, *self._command]
 
     def send(self, number: int) -> None:
         if self.process and self.is_running:
@@ -69,7 +74,16 @@ class Member:
     @property
     def is_ready(self) -> bool:
         """Whether it has said so since its last start."""
-        return self.is_running and self.process is not None and self.process.has_said("ready")
+        return self.is_running and self.num_ready > 0
+
+    @property
+    def num_ready(self) -> int:
+        """How often it has said so since its last start; workers do in each rebalance."""
+        if self.process is None:
+            return 0
+        with self._log.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().count(b'"event": "ready"')
 
 
 class ApacheNode(Member):
@@ -77,16 +91,17 @@ class ApacheNode(Member):
 
     end_codes = frozenset({0, 128 + signal.SIGTERM})  # as Java says it
 
-    def __init__(self, home: Path, folder: Path, properties: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, home: Path, folder: Path, *, name: str = "broker", port: int = 0, properties: tuple[str, ...] = ()
+    ) -> None:
         folder.mkdir(parents=True)
-        self.port = _free_port_pair()
+        self.port = port or _free_port_pair()
         self.bootstrap = f"127.0.0.1:{self.port}"
-        super().__init__("broker", [], folder / "output", {"KAFKA_HEAP": "384m"})
+        super().__init__(name, [], folder / "output", {"KAFKA_HEAP": "320m"})
         self._server = [str(home.resolve() / "kafka-server"), str(folder), str(self.port), *properties]
 
-    def start(self) -> None:
-        self.told_to_end = False
-        self.process = ChildProcess(self.name, self._server, self._log, self._environment)
+    def _line(self) -> list[str]:
+        return self._server
 
     @property
     def is_ready(self) -> bool:
@@ -95,6 +110,32 @@ class ApacheNode(Member):
         except KafkaException:
             return False
         return self.is_running
+
+
+def cluster_of_three(home: Path, folder: Path) -> list[ApacheNode]:
+    """Three nodes, each of which may be away: what is acknowledged is on two of them at least."""
+    ports: list[int] = []
+    while len(ports) < 3:
+        if not {port := _free_port_pair(), port + 1} & {taken + more for taken in ports for more in (-1, 0, 1)}:
+            ports.append(port)
+    voters = ",".join(f"{number}@127.0.0.1:{port + 1}" for number, port in enumerate(ports, 1))
+    replicated = (
+        f"controller.quorum.voters={voters}",
+        "offsets.topic.replication.factor=3",
+        "transaction.state.log.replication.factor=3",
+        "default.replication.factor=3",
+        "min.insync.replicas=2",
+    )
+    return [
+        ApacheNode(
+            home,
+            folder / str(number),
+            name=f"broker-{number}",
+            port=port,
+            properties=(f"node.id={number}", *replicated),
+        )
+        for number, port in enumerate(ports, 1)
+    ]
 
 
 def _free_port_pair() -> int:

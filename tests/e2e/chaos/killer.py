@@ -19,6 +19,8 @@ from tests.e2e.chaos.writer import Writer
 
 WEIGHTS = {"streams": 2.0, "trainer": 3.0, "retriever": 2.0, "index": 2.5, "broker": 1.5}
 SIGNALS = {"SIGKILL": 0.55, "SIGTERM": 0.2, "SIGSTOP": 0.25}
+SESSION_SECONDS = 7.0
+"""After so long a dead worker has been given up; a little more than the session timeout."""
 END_SECONDS = 20.0
 """Longest time for the end after SIGTERM; ten seconds are promised, of a machine that is not overloaded."""
 
@@ -46,6 +48,9 @@ class Killer:
     mean_seconds: float
     extra: list[Member] = field(default_factory=list)
     """Members that are not the chain's: brokers."""
+    only_groups_at_rest: bool = False
+    """Whether workers are disturbed only while their group is at rest. The embedded broker never gives up a group's
+    leader that dies between the two steps of a rebalance, and the group stands still for good; Apache Kafka does."""
     disturbances: list[Disturbance] = field(default_factory=list)
     surprises: list[str] = field(default_factory=list)
     """Members that ended by themselves, or not as they should."""
@@ -58,6 +63,8 @@ class Killer:
         self._absent: set[str] = {self.chain.workers[-1].name}
         self._ending: dict[str, float] = {}
         self._looked = 0.0
+        self._group_changed_at = time.monotonic()
+        self._ready_before: dict[str, int] = {}
 
     def run(self, done: Callable[[int, float], bool]) -> None:
         """Until `done` (kills, seconds) says so; then until everything runs again."""
@@ -85,14 +92,37 @@ class Killer:
         return float(self._rng.exponential(self.mean_seconds))
 
     def _targets(self) -> list[Member]:
-        running = [member for member in [*self.chain.members, *self.extra] if member.is_running]
+        running = [member for member in self.chain.members if member.is_running]
+        if not self._may_disturb_workers():
+            running = [member for member in running if member not in self.chain.workers]
+        if not self._is_any_away(self.extra):  # of several brokers one at a time: that is what they promise to bear
+            running += self.extra
         return [member for member in running if not member.told_to_end and member.name not in self._frozen()]
 
     def _frozen(self) -> set[str]:
         return {found.member.name for found in self.disturbances if found.signal == "SIGSTOP" and found.recovered == -1}
 
+    def _may_disturb_workers(self) -> bool:
+        """Whether the group is at rest, or need not be: each worker has partitions again since the last change."""
+        if not self.only_groups_at_rest:
+            return True
+        if time.monotonic() < self._group_changed_at + SESSION_SECONDS:
+            return False
+        running = [worker for worker in self.chain.workers if worker.is_running]
+        return all(worker.num_ready > self._ready_before.get(worker.name, 0) for worker in running)
+
+    def _note_change(self, member: Member) -> None:
+        if member in self.chain.workers:
+            self._group_changed_at = time.monotonic()
+            self._ready_before = {worker.name: worker.num_ready for worker in self.chain.workers if worker.is_running}
+
+    def _is_any_away(self, members: list[Member]) -> bool:
+        return any(not member.is_ready for member in members) or any(
+            found.member in members and found.recovered in (None, -1.0) for found in self.disturbances
+        )
+
     def _disturb(self) -> None:
-        if self._rng.random() < 0.1:
+        if self._rng.random() < 0.1 and self._may_disturb_workers():
             self._come_or_go()
             return
         targets = self._targets()
@@ -110,8 +140,9 @@ class Killer:
             found.recovered = -1.0
             # Sometimes longer than the session timeout: then the others take over, and it comes back too late.
             seconds = float(self._rng.choice([self._rng.uniform(0.2, 3.0), 9.0], p=[0.85, 0.15]))
-            self._later(seconds, lambda: self._thaw(found))
+            self._later(seconds, lambda: self._thaw(found, seconds))
         else:
+            self._note_change(member)
             if name == "SIGTERM" and was_ready:
                 self._ending[member.name] = time.monotonic() + END_SECONDS
             self._later(float(self._rng.uniform(0.0, 1.0)), lambda: self._start_again(member))
@@ -121,14 +152,17 @@ class Killer:
         spare = self.chain.workers[-1]
         if spare.name in self._absent:
             self._absent.discard(spare.name)
-            spare.start()
+            self._start(spare)
         elif spare.is_running:
             self._absent.add(spare.name)
             spare.send(signal.SIGTERM)
+            self._note_change(spare)
 
-    def _thaw(self, found: Disturbance) -> None:
+    def _thaw(self, found: Disturbance, seconds: float) -> None:
         found.member.send(signal.SIGCONT)
         found.recovered = None
+        if seconds > SESSION_SECONDS / 2:  # it was given up, or may have been
+            self._note_change(found.member)
 
     def _start_again(self, member: Member) -> None:
         if member.is_running:  # it is still on its way out
@@ -136,7 +170,11 @@ class Killer:
             return
         self._look_after(member, time.monotonic())  # how it ended is not to be forgotten
         if member.name not in self._absent:
-            member.start()
+            self._start(member)
+
+    def _start(self, member: Member) -> None:
+        member.start()
+        self._note_change(member)
 
     def _later(self, seconds: float, what: Callable[[], None]) -> None:
         self._due.append((time.monotonic() + seconds, what))

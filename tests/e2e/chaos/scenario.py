@@ -86,7 +86,7 @@ def run(
     chain = Chain(kafka, topics, directory, batch_age_seconds=batch_age_seconds, static_members=static_members)
     writer = Writer(kafka, topics, num_partitions, clicks_per_second, seed)
     ledger = Ledger(chain.ledger)
-    killer = Killer(chain, writer, ledger, seed, mean_seconds, list(brokers))
+    killer = Killer(chain, writer, ledger, seed, mean_seconds, list(brokers), only_groups_at_rest=not brokers)
     try:
         chain.start()
         writer.start()

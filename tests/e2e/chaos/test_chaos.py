@@ -9,7 +9,7 @@ import pytest
 
 from streams.contract import Topics
 from tests.e2e.chaos import scenario
-from tests.e2e.chaos.chain import ApacheNode, wait_until
+from tests.e2e.chaos.chain import ApacheNode, cluster_of_three, wait_until
 from tests.fixtures.kafka import create_topics
 
 pytestmark = [
@@ -64,28 +64,40 @@ def test_with_one_partition_the_model_is_that_of_an_undisturbed_run_bit_for_bit(
 
 
 @pytest.fixture
-def apache_node(tmp_path: Path) -> ApacheNode:
+def apache_home() -> Path:
     if not (home := os.environ.get("STREAMTOWER_KAFKA_HOME")):
         pytest.skip("STREAMTOWER_KAFKA_HOME is unset: no Apache Kafka to start here")
-    return ApacheNode(Path(home), tmp_path / "broker")
+    return Path(home)
 
 
-def test_on_apache_kafka_the_broker_is_killed_too(apache_node: ApacheNode, tmp_path: Path) -> None:
-    apache_node.start()
+def run_on(nodes: list[ApacheNode], directory: Path, num_kills: int, seed: int) -> scenario.Outcome:
+    """Starts the brokers, runs a chain on them with all of them among what is killed, and ends them."""
     try:
-        wait_until(lambda: apache_node.is_ready, "Apache Kafka is ready")
-        topics = make_topics(apache_node.bootstrap, "chaos-", 2, **{"compression.type": "zstd"})
-        outcome = scenario.run(
-            apache_node.bootstrap,
-            topics,
-            tmp_path / "chain",
+        for node in nodes:
+            node.start()
+        wait_until(lambda: all(node.is_ready for node in nodes), "Apache Kafka is ready")
+        kafka = ",".join(node.bootstrap for node in nodes)
+        return scenario.run(
+            kafka,
+            make_topics(kafka, "chaos-", 2, **{"compression.type": "zstd"}),
+            directory,
             num_partitions=2,
-            done=lambda kills, seconds: kills >= 25,
+            done=lambda kills, seconds: kills >= num_kills,
             mean_seconds=2.0,
-            seed=3,
+            seed=seed,
             static_members=True,
-            brokers=[apache_node],
+            brokers=nodes,
         )
     finally:
-        apache_node.kill()
+        for node in nodes:
+            node.kill()
+
+
+def test_on_apache_kafka_the_broker_is_killed_too(apache_home: Path, tmp_path: Path) -> None:
+    outcome = run_on([ApacheNode(apache_home, tmp_path / "broker")], tmp_path / "chain", 25, seed=3)
     assert_well(outcome, 25)
+
+
+def test_on_a_cluster_of_three_the_leaders_are_killed_under_load(apache_home: Path, tmp_path: Path) -> None:
+    outcome = run_on(cluster_of_three(apache_home, tmp_path / "brokers"), tmp_path / "chain", 15, seed=4)
+    assert_well(outcome, 15)
