@@ -150,8 +150,8 @@ def run(pages: Pages, loss: str, temperature: float, seed: int) -> dict[str, lis
     logits = learner.embed_queries(queries) @ learner.embed_items(everything).T / temperature
     served: dict[str, npt.NDArray[Any]] = {loss: logits}
     if loss == "plain":
-        share = np.bincount(learnt[:, 1], minlength=len(pages.ids)) / len(learnt)
-        served[WITH_LOG_Q] = logits + np.log((1 - UNIFORM_RATIO) * share + UNIFORM_RATIO / len(pages.ids))
+        page_share = np.bincount(learnt[:, 1], minlength=len(pages.ids)) / len(learnt)
+        served[WITH_LOG_Q] = logits + np.log((1 - UNIFORM_RATIO) * page_share + UNIFORM_RATIO / len(pages.ids))
     ranks = {name: ranks_of(scores[held_out[:, 0]], held_out[:, 1]) for name, scores in served.items()}
     return {name: [float((ranks[name] < k).mean()) for k in TOP] for name in ranks}
 

@@ -12,7 +12,7 @@ PACKAGES = ("streams", "trainer", "retriever", "streamtower")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 CORE = {
     "streams": ("contract", "validate", "frequency", "decayed_counts", "drift", "history", "batcher"),
-    "trainer": ("contract", "towers", "loss", "step", "evaluate"),
+    "trainer": ("contract", "towers", "rewards", "negatives", "loss", "training", "step", "evaluate"),
 }
 
 
