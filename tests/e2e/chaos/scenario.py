@@ -23,6 +23,7 @@ from tests.e2e.chaos.verifier import (
     click_of,
     last_checkpoint,
     points_of,
+    read_left,
     read_partition,
     verify,
 )
@@ -115,16 +116,11 @@ def _rest_and_verify(kafka: str, chain: Chain, writer: Writer, ledger: Ledger) -
     end_trainer(chain)
     progress = json.loads((last_checkpoint(chain.checkpoints) / "progress.json").read_bytes())
     ledger.read()
-    verdict, histories = verify(kafka, chain.topics, writer.acknowledged, ledger, progress)
+    left = read_left(kafka, chain.topics, len(writer.acknowledged))
+    verdict, histories = verify(left, writer.acknowledged, ledger, progress)
     # From here on nothing is learnt any more: what is published is the whole model as the checkpoint has it.
     publish_at_rest(chain)
-    clicked = {item for items in histories.values() for item in items}
-    clicked |= {
-        click[1]
-        for partition in range(len(writer.acknowledged))
-        for record in read_partition(kafka, chain.topics.clicks, partition)
-        if (click := click_of(record.value()))
-    }
+    clicked = {click[1] for there in left for record in there.clicks if (click := click_of(record.value()))}
     catalogue = (clicked | {f"i{n}" for n in range(NUM_ITEMS)} | set(NEVER_CLICKED)) - GONE
     check_index(verdict, chain.qdrant, chain.alias, chain.models, catalogue)
     wait_until(chain.retriever_answers, "the retriever answers")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import numpy as np
@@ -134,17 +135,49 @@ class Gaps:
         return 1 / max(1.0, self._mean.get(item, float(self.step)))
 
 
+class Record(Protocol):
+    """A Kafka message, as far as it is read."""
+
+    def offset(self) -> int: ...
+
+    def key(self) -> bytes: ...
+
+    def value(self) -> bytes | None: ...
+
+    def headers(self) -> list[tuple[str, bytes]]: ...
+
+
+@dataclass(frozen=True)
+class Left:
+    """What one partition holds at the end."""
+
+    clicks: Sequence[Record]
+    dead_letters: Sequence[Record]
+    micro_batches: Sequence[Record]
+
+
+def read_left(kafka: str, topics: Topics, num_partitions: int) -> list[Left]:
+    """Everything in the topics."""
+    names = (topics.clicks, topics.dead_letters, topics.micro_batches)
+    return [Left(*(read_partition(kafka, name, number) for name in names)) for number in range(num_partitions)]
+
+
 def verify(
-    kafka: str, topics: Topics, acknowledged: list[list[int]], ledger: Ledger, progress: dict[str, Any]
+    left: Sequence[Left], acknowledged: Sequence[Sequence[int]], ledger: Ledger, progress: dict[str, Any]
 ) -> tuple[Verdict, dict[str, list[str]]]:
-    """Checks topics, ledger and the last checkpoint's progress; also gives every user's history, newest last."""
+    """Checks topics, ledger and the last checkpoint's progress; also gives every user's history, newest last.
+
+    Args:
+        left: the topics, by partition.
+        acknowledged: keys of the clicks that the broker has acknowledged, by partition.
+    """
     verdict = Verdict()
     final: dict[str, list[str]] = {}
     learnt: list[list[int]] = [[] for _ in acknowledged]
     for _, partition, offsets in ledger.learnt:
         learnt[partition] += offsets
-    for partition, numbers in enumerate(acknowledged):
-        records = read_partition(kafka, topics.clicks, partition)
+    for partition, (there, numbers) in enumerate(zip(left, acknowledged, strict=True)):
+        records = there.clicks
         if [int(record.key()) for record in records] != sorted(numbers):
             verdict.say(f"partition {partition} of clicks holds other records than were acknowledged")
         clicks = {record.offset(): click_of(record.value()) for record in records}
@@ -163,18 +196,16 @@ def verify(
             )
         if progress["learnt"].get(str(partition)) != max(clicks) + 1:
             verdict.say(f"the checkpoint is at {progress['learnt']}, partition {partition} ends at {max(clicks) + 1}")
-        _check_dead_letters(
-            verdict, read_partition(kafka, topics.dead_letters, partition), records, set(clicks) - set(valid)
-        )
-        final |= _check_micro_batches(
-            verdict, read_partition(kafka, topics.micro_batches, partition), valid, partition, max(clicks) + 1
-        )
+        _check_dead_letters(verdict, there.dead_letters, records, set(clicks) - set(valid))
+        final |= _check_micro_batches(verdict, there.micro_batches, valid, partition, max(clicks) + 1)
     if progress["clicks_learnt"] != verdict.num_clicks:
         verdict.say(f"the checkpoint has learnt {progress['clicks_learnt']} clicks of {verdict.num_clicks}")
     return verdict, final
 
 
-def _check_dead_letters(verdict: Verdict, letters: list[Message], records: list[Message], invalid: set[int]) -> None:
+def _check_dead_letters(
+    verdict: Verdict, letters: Sequence[Record], records: Sequence[Record], invalid: set[int]
+) -> None:
     values = {record.offset(): record.value() for record in records}
     found = {}
     for letter in letters:
@@ -185,13 +216,13 @@ def _check_dead_letters(verdict: Verdict, letters: list[Message], records: list[
 
 
 def _check_micro_batches(
-    verdict: Verdict, messages: list[Message], valid: dict[int, tuple[str, str]], partition: int, end: int
+    verdict: Verdict, messages: Sequence[Record], valid: dict[int, tuple[str, str]], partition: int, end: int
 ) -> dict[str, list[str]]:
     """Reads them as one who drops what they have seen: rows, histories, shares. Gives the histories at the end."""
     histories: dict[str, deque[str]] = {}
     gaps, seen = Gaps(), 0
     for message in messages:
-        batch = MicroBatch.decode(message.value())
+        batch = MicroBatch.decode(message.value() or b"")
         where = f"micro-batch {batch.first_offset} … {batch.next_offset} of partition {partition}"
         if batch.partition != partition or batch.first_offset > seen:
             verdict.say(f"{where} does not follow upon {seen}")
