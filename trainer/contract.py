@@ -5,13 +5,18 @@ Station: the words that trainer and retriever have in common. It loads no torch 
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 DENSE = "dense"
 """Named vector of every item, distance Dot: [item embedding of length 1 ‖ log-frequency dimensions / scale]."""
+COVISIT = "covisit"
+"""Named sparse vector of every item, by `covisit_index` of another item: how much more often than by chance the two
+were clicked near each other. Versions without co-visitation have none."""
 
 ITEM_ID = "item_id"
 """Payload key: the caller's item id."""
@@ -50,8 +55,24 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Item side divided by it, query side multiplied, so that their range is the embedding's own."""
     popularity_weights: list[float]
     """[popularity_dims] weights of the log-frequency dimensions at popularity = 1."""
+    popularity_slopes: list[float] = []
+    """[popularity_dims] added to the weights times `log_history`; empty: zeros."""
     temperature: float
     """The query side's embedding is divided by it."""
+    embedding_weight: float = 1.0
+    """Weight of cosine / temperature …"""
+    embedding_slope: float = 0.0
+    """… and what is added to it times `log_history`."""
+    covisit_weight: float = 0.0
+    """Weight of ln(1 + co-visitation) …"""
+    covisit_slope: float = 0.0
+    """… and what is added to it times `log_history`. Both 0: the version has no co-visitation."""
+    covisit_scale: float = 0.0
+    """Factor of the query side's sparse values."""
+    covisit_decay: float = 1.0
+    """Weight of a history item relative to the next newer one in them."""
+    history_length: int = 20
+    """Newest history items that count for `log_history` and co-visitation."""
     towers: dict[str, object]
     """`trainer.towers.TowerConfig` as plain data: enough to build the towers again."""
     num_items: int
@@ -88,7 +109,56 @@ def load_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def query_vector(manifest: Manifest, query_embedding: list[float], popularity: float = 1.0) -> list[float]:
-    """The dense query: [query embedding / temperature ‖ popularity · weights · scale]. Dot item = score."""
-    scaled = [value / manifest.temperature for value in query_embedding]
-    return scaled + [popularity * weight * manifest.popularity_scale for weight in manifest.popularity_weights]
+def log_history(num_items: int) -> float:
+    """ln(1 + number of history items) − 1.5: what weights may depend on. Near 0 for four items."""
+    return math.log1p(num_items) - 1.5
+
+
+def query_vector(
+    manifest: Manifest, query_embedding: list[float], popularity: float = 1.0, history_length: int | None = None
+) -> list[float]:
+    """The dense query: [a · query embedding / temperature ‖ popularity · weights · scale]. Dot item = its share of the
+    score; the rest is `covisit_weight` · ln(1 + `covisit_query` · item).
+
+    Args:
+        manifest: of the version that made the embedding.
+        query_embedding: [embedding_dim], length 1.
+        popularity: factor on the popularity weights.
+        history_length: items of the user's history; None: weights without `log_history`.
+    """
+    known = _log_history(manifest, history_length)
+    factor = (manifest.embedding_weight + manifest.embedding_slope * known) / manifest.temperature
+    slopes = manifest.popularity_slopes or [0.0] * len(manifest.popularity_weights)
+    weights = [weight + slope * known for weight, slope in zip(manifest.popularity_weights, slopes, strict=True)]
+    return [value * factor for value in query_embedding] + [
+        popularity * weight * manifest.popularity_scale for weight in weights
+    ]
+
+
+def covisit_weight(manifest: Manifest, history_length: int | None = None) -> float:
+    """b of the score for a user with so many history items; 0 where the version has no co-visitation."""
+    return manifest.covisit_weight + manifest.covisit_slope * _log_history(manifest, history_length)
+
+
+def covisit_index(item_hash: int) -> int:
+    """Index of an item in sparse vectors: the low 32 bits of its hash."""
+    return item_hash & 0xFFFFFFFF
+
+
+def covisit_query(manifest: Manifest, history: Sequence[int]) -> tuple[list[int], list[float]]:
+    """The sparse query of a history of item hashes, newest last: indices, distinct, and values. Both empty where the
+    version has no co-visitation or the history is empty."""
+    if not (manifest.covisit_weight or manifest.covisit_slope):
+        return [], []
+    newest = list(reversed(history[-manifest.history_length :]))
+    weights = [manifest.covisit_decay**age for age in range(len(newest))]
+    factor = manifest.covisit_scale / math.fsum(weights) if weights else 0.0
+    query: dict[int, float] = {}
+    for item_hash, weight in zip(newest, weights, strict=True):
+        index = covisit_index(item_hash)
+        query[index] = query.get(index, 0.0) + factor * weight
+    return list(query), list(query.values())
+
+
+def _log_history(manifest: Manifest, history_length: int | None) -> float:
+    return 0.0 if history_length is None else log_history(min(history_length, manifest.history_length))
