@@ -213,12 +213,21 @@ class Stack:
         return {prefix + name.upper(): value for name, value in settings.items()}
 
     def _refuse_old_clicks(self) -> None:
-        from confluent_kafka import Consumer, TopicPartition
+        from confluent_kafka import Consumer, KafkaException, TopicPartition
 
         consumer = Consumer({"bootstrap.servers": self.kafka, "group.id": "streamtower-demo", "log_level": 2})
+        deadline = time.monotonic() + BROKER_SECONDS
         try:
             for partition in range(NUM_PARTITIONS):
-                low, high = consumer.get_watermark_offsets(TopicPartition(self.topics.clicks, partition), timeout=10)
+                place = TopicPartition(self.topics.clicks, partition)
+                while True:
+                    try:
+                        low, high = consumer.get_watermark_offsets(place, timeout=BROKER_SECONDS)
+                        break
+                    except KafkaException:  # a topic that was made a moment ago may have no leader yet
+                        if time.monotonic() > deadline:
+                            raise
+                        time.sleep(0.1)
                 if high > low:
                     raise NotEmptyError(
                         f"topic {self.topics.clicks} at {self.kafka} holds clicks already, and a demo would mix its "

@@ -94,9 +94,13 @@ class Chain:
         return items
 
 
-@pytest.fixture(scope="module")
-def chain(kafka: str, qdrant_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    """All three services at work, 60 items known, and 1,200 clicks of 40 users learnt, each on items of one colour."""
+@pytest.fixture(scope="module", params=["kafka", "apache_kafka"])
+def chain(request: pytest.FixtureRequest, qdrant_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    """All three services at work, 60 items known, and 1,200 clicks of 40 users learnt, each on items of one colour.
+
+    On the embedded broker, or the one that is named, and on Apache Kafka where there is one.
+    """
+    kafka = request.getfixturevalue(request.param)
     directory = tmp_path_factory.mktemp("chain")
     with pytest.MonkeyPatch.context() as patch, topics_on(kafka) as topics, names_of_its_own(qdrant_url) as alias:
         for name, value in QUICK.items():

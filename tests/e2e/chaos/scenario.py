@@ -99,6 +99,8 @@ def run(
         recovered = killer.watch_recovery(QUIET_SECONDS)
         ends = writer.written()
         wait_until(lambda: ledger.read() or ledger.ends(num_partitions) == ends, "every click is learnt", QUIET_SECONDS)
+        for slow in sorted(killer.disturbances, key=lambda found: -(found.recovered or 0))[:5]:
+            tell(f"{slow.member.name} {slow.signal}: recovered after {slow.recovered or -1:.1f} s")
         verdict = _rest_and_verify(kafka, chain, writer, ledger)
         if not recovered:
             verdict.say(f"not recovered: {[f for f in killer.disturbances if f.recovered is None]}")
