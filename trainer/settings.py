@@ -30,9 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rows_per_step": 8_192,
         "recent_negatives": 0,
         "mask_history": False,
-        "row_learning_rate": 0.2,
-        "user_learning_rate": 0.2,
-        "dense_learning_rate": 0.2,
+        "dense_learning_rate": 0.01,
         "popularity_weight": 0.0,
     },
 }

@@ -45,6 +45,7 @@ def test_the_papers_preset_is_the_papers_recipe_and_a_setting_wins_over_it(monke
     training = TrainingConfig(**paper.training())
     assert (training.loss, training.correction, training.mask_history) == ("softmax", "logq", False)
     assert (training.recent_negatives, training.uniform_negatives, training.chosen_negatives) == (0, 0, 0)
+    assert (training.row_learning_rate, training.dense_learning_rate) == (0.1, 0.01)
     assert paper.popularity_weight == 0.0
     monkeypatch.setenv("STREAMTOWER_TRAINER_HIDDEN", "[8]")
     monkeypatch.setenv("STREAMTOWER_TRAINER_CORRECTION", "none")
