@@ -100,7 +100,8 @@ class Candidate(Model):
 
     item_id: str
     score: float
-    """Logit: cosine / temperature + popularity · log-frequency. Comparable within one answer alone."""
+    """Logit: embedding · cosine / temperature + popularity · log-frequencies + weight · ln(1 + co-visitation), weighed
+    as the version's Manifest says. Comparable within one answer alone."""
     payload: dict[str, object] | None = None
     """What the item's producer stored with it; null unless `with_payload`."""
 

@@ -1,7 +1,7 @@
 """The query tower of one published version, and the collection that holds this version's items: one immutable pair.
 
-Station: from (user, history, context) to the dense query vector. It does not follow versions (`versions`), and does not
-search (`search`).
+Station: from (user, history, context) to the query, dense and sparse. It does not follow versions (`versions`), and
+does not search (`search`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from trainer.contract import (
     QUERY_TOWER_FILE,
     Manifest,
+    covisit_query,
+    covisit_weight,
     load_manifest,
     model_version_of,
     query_vector,
@@ -30,6 +32,18 @@ ContextValue = str | int | float | bool | None
 
 class VersionError(Exception):
     """A published version that cannot be served: says which, and why."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for: score = dense · item + covisit_weight · ln(1 + sparse · item)."""
+
+    dense: list[float]
+    """[embedding_dim + popularity_dims]"""
+    indices: list[int]
+    values: list[float]
+    """The sparse query's; both empty: there is none."""
+    covisit_weight: float
 
 
 @dataclass(frozen=True)
@@ -47,8 +61,8 @@ class ServedVersion:
         history: UInt64Array,
         context: Mapping[str, ContextValue],
         popularity: float,
-    ) -> list[float]:
-        """The dense query: [query embedding / temperature ‖ popularity weights], see `trainer.contract.query_vector`.
+    ) -> Query:
+        """The query in the version's terms: see `trainer.contract`.
 
         Args:
             user_hash: `streams.contract.hash_id` of the user's id; None: nobody in particular.
@@ -67,7 +81,14 @@ class ServedVersion:
             inputs.users.weights.zero_()
         with torch.inference_mode():
             embedding = self.tower(inputs)[0]
-        return query_vector(self.manifest, embedding.tolist(), popularity)
+        length = len(history)
+        indices, values = covisit_query(self.manifest, history.tolist())
+        return Query(
+            dense=query_vector(self.manifest, embedding.tolist(), popularity, length),
+            indices=indices,
+            values=values,
+            covisit_weight=covisit_weight(self.manifest, length) if indices else 0.0,
+        )
 
 
 def load_version(model_dir: Path, alias: str, collection: str) -> ServedVersion:

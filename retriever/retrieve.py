@@ -49,11 +49,11 @@ class Retriever:
 
         async def answer(served: ServedVersion) -> CandidatesAnswer:
             started = time.perf_counter()
-            vector = served.encode(user_hash, history, request.context, request.popularity)
+            query = served.encode(user_hash, history, request.context, request.popularity)
             encoded = time.perf_counter()
             candidates = await self._index.search(
                 served.collection,
-                vector,
+                query,
                 k=request.k,
                 seen=history if request.exclude_seen else _NO_ITEMS,
                 filter=request.filter,

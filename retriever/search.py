@@ -1,4 +1,4 @@
-"""Qdrant, as the retriever uses it: from a dense query to candidates, with bounded retries and its errors named.
+"""Qdrant, as the retriever uses it: from a query to candidates, with bounded retries and its errors named.
 
 Station: between `encode` and the answer. It searches the physical collection that it is told, never an alias, so that
 the items are of the version whose tower made the query.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -25,14 +25,19 @@ from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from retriever.contract import Candidate
+from retriever.encode import Query
 from retriever.metrics import Metrics
-from trainer.contract import DENSE, ITEM_ID, STEP
+from trainer.contract import COVISIT, DENSE, ITEM_ID, STEP
 
 UInt64Array = npt.NDArray[np.uint64]
 AnswerT = TypeVar("AnswerT")
 
 MAX_OVERFETCH = 2_000
 """Up to so many seen items are searched for and dropped; more are excluded by Qdrant, which costs it more."""
+MIN_PREFETCH = 500
+"""Least candidates from each vector, where both are searched."""
+NO_SCORE = -1e6
+"""Of a point that the outer dense search lost: none, unless its approximation does."""
 _FIRST_PAUSE_SECONDS = 0.05
 
 
@@ -90,7 +95,7 @@ class Index:
     async def search(
         self,
         collection: str,
-        vector: list[float],
+        query: Query,
         *,
         k: int,
         seen: UInt64Array,
@@ -101,7 +106,7 @@ class Index:
 
         Args:
             collection: physical collection.
-            vector: dense query [embedding_dim + popularity_dims].
+            query: of the version whose items are in the collection.
             k: how many, ≥ 1.
             seen: uint64 [s] hashes of items to leave out.
             filter: Qdrant's filter on the payload.
@@ -120,11 +125,8 @@ class Index:
             answer = await self._call(
                 lambda: self._client.query_points(
                     collection,
-                    query=vector,
-                    using=DENSE,
+                    **self._parts(query, limit, narrowed),
                     limit=limit,
-                    query_filter=narrowed,
-                    search_params=self._params,
                     with_payload=True if with_payload else [ITEM_ID],
                 )
             )
@@ -147,6 +149,34 @@ class Index:
                 Candidate.model_construct(item_id=item_id, score=point.score, payload=shown if with_payload else None)
             )
         return candidates
+
+    def _parts(self, query: Query, limit: int, narrowed: models.Filter | None) -> dict[str, Any]:
+        """What to search by: the dense vector alone, or both vectors by the formula of the score.
+
+        With both, the candidates are the best by each vector. Two prefetches would give wrong scores, for a point that
+        one of them finds lacks the other's; so both are nested in both, and each side scores the union. The union has
+        more candidates than are wanted, because neither order is that of the score.
+        """
+        if not query.indices or query.covisit_weight == 0:
+            return {"query": query.dense, "using": DENSE, "search_params": self._params, "query_filter": narrowed}
+        sparse = models.SparseVector(indices=query.indices, values=query.values)
+        each = max(MIN_PREFETCH, 2 * limit)
+        best = [
+            models.Prefetch(query=query.dense, filter=narrowed, limit=each, using=DENSE, params=self._params),
+            models.Prefetch(query=sparse, using=COVISIT, filter=narrowed, limit=each),
+        ]
+        logarithm = models.LnExpression(ln=models.SumExpression(sum=[1.0, "$score[1]"]))
+        weighed = models.MultExpression(mult=[query.covisit_weight, logarithm])
+        return {
+            "prefetch": [
+                models.Prefetch(prefetch=best, query=query.dense, limit=2 * each, using=DENSE, params=self._params),
+                models.Prefetch(prefetch=best, query=sparse, using=COVISIT, limit=2 * each),
+            ],
+            "query": models.FormulaQuery(
+                formula=models.SumExpression(sum=["$score[0]", weighed]),
+                defaults={"$score[0]": NO_SCORE, "$score[1]": 0.0},
+            ),
+        }
 
     async def item_ids(self, collection: str, hashes: UInt64Array) -> list[str | None]:
         """The caller's item id of each hash, None where the collection does not hold the item.

@@ -148,6 +148,7 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
     if state := checkpoints.load():
         model.learner.load_state_dict(state.learner)
         model.catalogue.load_state_dict(state.catalogue)
+        model.load_scoring_state(dict(state.scoring))
         progress = state.progress
     stopping = threading.Event()
     api_key = settings.qdrant_api_key.get_secret_value() if settings.qdrant_api_key else None
@@ -175,7 +176,7 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
         ),
         model=model,
         checkpoints=checkpoints,
-        publisher=Publisher(rollout, model.catalogue, model.learner, progress, metrics, stopping=stopping),
+        publisher=Publisher(rollout, model, progress, metrics, stopping=stopping),
         progress=progress,
         metrics=metrics,
     )

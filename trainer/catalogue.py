@@ -40,6 +40,7 @@ class Catalogue:
         *,
         embedding_dim: int,
         half_life_clicks: float = 5_000.0,
+        further_half_lives: Sequence[float] = (),
         uniform_ratio: float = 0.02,
         max_items: int = 1_000_000,
     ) -> None:
@@ -47,13 +48,14 @@ class Catalogue:
         Args:
             features: an empty store; the catalogue numbers its rows.
             embedding_dim: D.
-            half_life_clicks: clicks of all items after which an earlier click counts half, > 0.
+            half_life_clicks: clicks of all items after which an earlier click counts half, > 0: of log q.
+            further_half_lives: of further log frequencies, each > 0; inf: no click fades. H = 1 + their number.
             uniform_ratio: share of clicks taken as spread evenly over all items, in (0, 1]: the floor of log q.
             max_items: most rows, ≥ 1; the items of one micro-batch may come on top for the moment.
         """
         self.features = features
         self.max_items = max_items
-        self._rate = math.log(2) / half_life_clicks
+        self._rates: Float64Array = math.log(2) / np.array([half_life_clicks, *further_half_lives], np.float64)
         self._log_uniform_ratio = math.log(uniform_ratio)
         self._row: dict[int, int] = {}
         self._item_ids: list[str] = []
@@ -61,19 +63,21 @@ class Catalogue:
         self._size = 0
         self._item_hash = np.zeros(0, np.uint64)
         self._num_clicks = np.zeros(0, np.int64)
-        self._log_count = np.zeros(0, np.float64)
+        self._log_count = np.zeros((0, len(self._rates)), np.float64)
         self._added = np.zeros(0, np.int64)
         self._touched = np.zeros(0, np.int64)
         self._deleted = np.zeros(0, np.bool_)
         self._embedding = np.zeros((0, embedding_dim), np.float32)
         self.clicks_counted = 0
         """Clicks counted so far: the clock of the decay."""
-        self._log_total = -math.inf
+        self._log_total: Float64Array = np.full(len(self._rates), -math.inf)
         self.num_deleted = 0
         self.num_dropped = 0
         """Rows dropped to make room, so far."""
         self.gone: dict[int, int] = {}
         """Hash → step of the items that were deleted or dropped, until `forget_gone`: what the index may still hold."""
+        self.on_keep: Callable[[Int64Array], None] = lambda kept: None
+        """Called with the old numbers of the rows that stay when items are dropped, in their new order."""
 
     def __len__(self) -> int:
         """Rows, deleted items included."""
@@ -161,28 +165,35 @@ class Catalogue:
         if n == 0:
             return
         last = self.clicks_counted + n
-        weight = np.exp(self._rate * (np.arange(1, n + 1) - n))
         distinct, inverse = np.unique(rows, return_inverse=True)
-        added = np.log(np.bincount(inverse, weight)) + self._rate * last
-        self._log_count[distinct] = np.logaddexp(self._log_count[distinct], added)
         self._num_clicks[distinct] += np.bincount(inverse)
-        self._log_total = float(np.logaddexp(self._log_total, math.log(weight.sum()) + self._rate * last))
+        for h, rate in enumerate(self._rates.tolist()):
+            weight = np.exp(rate * (np.arange(1, n + 1) - n))
+            added = np.log(np.bincount(inverse, weight)) + rate * last
+            self._log_count[distinct, h] = np.logaddexp(self._log_count[distinct, h], added)
+            self._log_total[h] = np.logaddexp(self._log_total[h], math.log(weight.sum()) + rate * last)
         self.clicks_counted = last
 
     @property
-    def log_total(self) -> float:
-        """Log count of all items on the scale of `log_count`: log q is the difference. 0 before the first click."""
-        return self._log_total if self.clicks_counted else 0.0
+    def log_totals(self) -> Float64Array:
+        """float64 [H] log counts of all items on the scale of `log_counts`: log q is the difference. 0 before the first
+        click."""
+        return self._log_total.copy() if self.clicks_counted else np.zeros(len(self._rates))
 
-    def log_count(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
-        """float64 [n] log of the decayed click counts, on a scale that stands still for untouched items; at least that
-        of a share of uniform_ratio / number of items, which an item without clicks has."""
-        floor = self.log_total + self._log_uniform_ratio - math.log(max(self.num_items, 1))
+    def log_counts(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
+        """float64 [n, H] logs of the decayed click counts, on a scale that stands still for untouched items; at least
+        those of a share of uniform_ratio / number of items, which an item without clicks has."""
+        floor = self.log_totals + self._log_uniform_ratio - math.log(max(self.num_items, 1))
         return np.maximum(self._log_count[: self._size][rows], floor)
+
+    def log_qs(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
+        """float64 [n, H] logs of the items' shares of the clicks, as each half-life sees them."""
+        return self.log_counts(rows) - self.log_totals
 
     def log_q(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
         """float64 [n] log of the items' shares of the recent clicks."""
-        return self.log_count(rows) - self.log_total
+        log_q: Float64Array = self.log_qs(rows)[:, 0]
+        return log_q
 
     def popularity(self) -> Float32Array:
         """float32 [N] log q, −inf where the item is gone."""
@@ -241,7 +252,7 @@ class Catalogue:
             "touched": self.touched.copy(),
             "deleted": self._deleted[: self._size].copy(),
             "clicks_counted": self.clicks_counted,
-            "log_total": self.log_total,
+            "log_total": self.log_totals,
             "num_dropped": self.num_dropped,
             "features": self.features.state_dict(),
         }
@@ -256,13 +267,16 @@ class Catalogue:
         self._item_ids, self._payloads = list(state["item_id"]), list(state["payload"])
         self._size = len(self._item_ids)
         names = ("item_hash", "num_clicks", "log_count", "added", "touched", "deleted")
+        if state["log_count"].shape[1] != len(self._rates):
+            raise ValueError(f"there are {state['log_count'].shape[1]} half-lives, not {len(self._rates)}")
         for name in names:
             setattr(self, f"_{name}", np.array(state[name]))
         self._embedding = np.zeros((self._size, self._embedding.shape[1]), np.float32)
         self._row = dict(zip(self._item_hash.tolist(), range(self._size), strict=True))
         self.num_deleted = int(self._deleted.sum())
         self.clicks_counted, self.num_dropped = int(state["clicks_counted"]), int(state["num_dropped"])
-        self._log_total = float(state["log_total"]) if self.clicks_counted else -math.inf
+        if self.clicks_counted:
+            self._log_total = np.array(state["log_total"], np.float64)
         self.gone = {}
 
     def _columns(self, change: Callable[[Any, float], Any]) -> None:
@@ -302,6 +316,7 @@ class Catalogue:
         self._item_ids = [self._item_ids[row] for row in kept]
         self._payloads = [self._payloads[row] for row in kept]
         self.features.keep(kept)
+        self.on_keep(kept)
         self._size = len(kept)
         self._row = dict(zip(self._item_hash.tolist(), range(self._size), strict=True))
         self.num_deleted = int(self._deleted.sum())

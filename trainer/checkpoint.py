@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import structlog
 import xxhash
@@ -30,13 +31,15 @@ from torch import Tensor, from_numpy
 
 from trainer.metrics import Metrics
 
-FORMAT = 1
+FORMAT = 2
 FIRST_LOSSES = 100
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 MODEL_FILE = "model.safetensors"
 FEATURES_FILE = "features.safetensors"
 CATALOGUE_FILE = "catalogue.arrow"
+SCORING_FILE = "scoring.safetensors"
+NO_SCORING: Mapping[str, npt.NDArray[Any]] = {}
 
 log = structlog.get_logger()
 
@@ -100,6 +103,7 @@ class State:
     progress: Progress
     learner: Mapping[str, Tensor]
     catalogue: Mapping[str, Any]
+    scoring: Mapping[str, npt.NDArray[Any]]
 
 
 class HasState(Protocol):
@@ -195,13 +199,20 @@ class Checkpoints:
         """Whether it is time for a checkpoint and the one before is written."""
         return self._thread is None and self._rising() >= self._last + self._interval
 
-    def save(self, progress: Progress, learner: HasState, catalogue: HasState) -> None:
-        """Copies the state of all three as it is now, and writes it in the background.
+    def save(
+        self,
+        progress: Progress,
+        learner: HasState,
+        catalogue: HasState,
+        scoring: Mapping[str, npt.NDArray[Any]] = NO_SCORING,
+    ) -> None:
+        """Copies the state of all as it is now, and writes it in the background.
 
         Args:
             progress: of this moment.
             learner: its `state_dict` are tensors, copied here.
             catalogue: the arrays and lists of its `state_dict` are copies already.
+            scoring: arrays of the served score and the co-visitation counts; copies already.
 
         Raises:
             RuntimeError: the one before is still being written; see `due`.
@@ -212,6 +223,7 @@ class Checkpoints:
             msgspec.json.decode(msgspec.json.encode(progress), type=Progress),
             {name: tensor.clone() for name, tensor in learner.state_dict().items()},
             catalogue.state_dict(),
+            scoring,
         )
         taken, self._last = self._clock(), self._rising()
 
@@ -226,10 +238,16 @@ class Checkpoints:
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def finish(self, progress: Progress, learner: HasState, catalogue: HasState) -> Progress | None:
+    def finish(
+        self,
+        progress: Progress,
+        learner: HasState,
+        catalogue: HasState,
+        scoring: Mapping[str, npt.NDArray[Any]] = NO_SCORING,
+    ) -> Progress | None:
         """The last checkpoint, on disk when this returns; what it holds, or None if it could not be written."""
         self.collect(wait=True)
-        self.save(progress, learner, catalogue)
+        self.save(progress, learner, catalogue, scoring)
         return self.collect(wait=True)
 
     def collect(self, wait: bool = False) -> Progress | None:
@@ -264,11 +282,8 @@ class Checkpoints:
         aside.mkdir()
         try:
             save_file(dict(state.learner), aside / MODEL_FILE)
-            features = state.catalogue["features"]
-            save_file(
-                {name: from_numpy(np.ascontiguousarray(array)) for name, array in features.items()},
-                aside / FEATURES_FILE,
-            )
+            for name, arrays in ((FEATURES_FILE, state.catalogue["features"]), (SCORING_FILE, state.scoring)):
+                save_file({key: from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}, aside / name)
             _write_catalogue(aside / CATALOGUE_FILE, state.catalogue)
             (aside / PROGRESS_FILE).write_bytes(msgspec.json.encode(state.progress))
             files = {name: _checksum(aside / name) for name in sorted(os.listdir(aside))}
@@ -331,16 +346,19 @@ def _verified(path: Path) -> _Manifest:
     return manifest
 
 
-_COLUMNS = ("item_hash", "num_clicks", "log_count", "added", "touched", "deleted")
-_NUMBERS = ("clicks_counted", "log_total", "num_dropped")
+_COLUMNS = ("item_hash", "num_clicks", "added", "touched", "deleted")
+_NUMBERS = ("clicks_counted", "num_dropped")
 
 
 def _write_catalogue(path: Path, catalogue: Mapping[str, Any]) -> None:
     columns = {name: pa.array(catalogue[name]) for name in _COLUMNS}
+    log_count = catalogue["log_count"]
+    columns["log_count"] = pa.FixedSizeListArray.from_arrays(log_count.ravel(), log_count.shape[1])
     columns["item_id"] = pa.array(catalogue["item_id"], pa.large_string())
     columns["payload"] = pa.array(catalogue["payload"], pa.large_binary())
     table = pa.RecordBatch.from_pydict(columns)
-    table = table.replace_schema_metadata({name: msgspec.json.encode(catalogue[name]) for name in _NUMBERS})
+    numbers = {name: msgspec.json.encode(catalogue[name]) for name in _NUMBERS}
+    table = table.replace_schema_metadata(numbers | {"log_total": msgspec.json.encode(catalogue["log_total"].tolist())})
     with pa.OSFile(os.fspath(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_batch(table)
 
@@ -351,9 +369,14 @@ def _read(path: Path) -> State:
     catalogue: dict[str, Any] = {name: table.column(name).to_numpy(zero_copy_only=False) for name in _COLUMNS}
     catalogue |= {name: table.column(name).to_pylist() for name in ("item_id", "payload")}
     catalogue |= {name: msgspec.json.decode(table.schema.metadata[name.encode()]) for name in _NUMBERS}
+    catalogue["log_total"] = np.array(msgspec.json.decode(table.schema.metadata[b"log_total"]), np.float64)
+    log_count = table.column("log_count")
+    num_half_lives = log_count.type.list_size
+    catalogue["log_count"] = log_count.flatten().to_numpy(zero_copy_only=False).reshape(-1, num_half_lives)
     catalogue["features"] = {name: tensor.numpy() for name, tensor in load_file(path / FEATURES_FILE).items()}
     progress = msgspec.json.decode((path / PROGRESS_FILE).read_bytes(), type=Progress)
-    return State(progress, load_file(path / MODEL_FILE), catalogue)
+    scoring = {name: tensor.numpy() for name, tensor in load_file(path / SCORING_FILE).items()}
+    return State(progress, load_file(path / MODEL_FILE), catalogue, scoring)
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

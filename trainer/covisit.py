@@ -16,18 +16,20 @@ towards 0 where little is known. It is the dot product of two sparse vectors: se
 
 Bound. Each item keeps `num_partners` partners. A new partner of a full row takes the place of the weakest, of estimate
 m, with probability 1 / (1 + m) (random admission: Ben Basat et al. 2017, "Randomized admission policy for efficient
-top-k, frequency, and volume estimation"), and then has the estimate m + 1. Used is what was counted since the admission:
-never above the true count, and equal to it for every item that never had more than `num_partners` partners. Chance
-comes from the number of the click, so the same clicks give the same counts.
+top-k, frequency, and volume estimation"), and has the estimate m + 1 then. Used is what was counted since its
+admission: never above the true count, and equal to it for every item that never had more than `num_partners` partners.
+Chance comes from the number of the click, so the same clicks give the same counts.
 
 Memory: 12 bytes a partner, 8 an item: 776 bytes an item at 64 partners.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -52,6 +54,19 @@ class SparseVectors:
     """[v]"""
     offsets: Int64Array
     """[n + 1] vector i is entries offsets[i] … offsets[i + 1] − 1."""
+
+    def part(self, which: slice) -> SparseVectors:
+        """Some of the vectors; `which` has both ends, or more than there are, and no step."""
+        start, stop, _ = which.indices(len(self.offsets) - 1)
+        offsets = self.offsets[start : stop + 1]
+        entries = slice(offsets[0], offsets[-1])
+        return SparseVectors(self.indices[entries], self.values[entries], offsets - offsets[0])
+
+    def lists(self) -> Iterator[tuple[list[int], list[float]]]:
+        """Indices and values of each vector."""
+        indices, values = self.indices.tolist(), self.values.tolist()
+        for start, stop in pairwise(self.offsets.tolist()):
+            yield indices[start:stop], values[start:stop]
 
 
 class Covisit:
@@ -155,10 +170,10 @@ class Covisit:
         values = (SMOOTHING * self._norm(len(item_hash))) * counts / (clicks[rows, None] + 1) / (clicks[partner] + 1)
         indices = item_hash.astype(np.uint32)[partner]
         there: npt.NDArray[np.bool_] = (partner >= 0) & (values > 0)
-        order = np.lexsort((-values, indices, ~there), axis=1)
-        indices, values = np.take_along_axis(indices, order, axis=1), np.take_along_axis(values, order, axis=1)
-        there = np.take_along_axis(there, order, axis=1)
-        there[:, 1:] &= indices[:, 1:] != indices[:, :-1]
+        own = np.where(there, indices.astype(np.int64), -1 - np.arange(self.num_partners))
+        for row in np.flatnonzero((np.diff(np.sort(own, axis=1)) == 0).any(axis=1)):
+            order = np.lexsort((-values[row], own[row]))
+            there[row, order[1:]] &= np.diff(own[row, order]) != 0
         offsets = np.concatenate(([0], np.cumsum(there.sum(axis=1))))
         return SparseVectors(indices[there], values[there].astype(np.float32), offsets)
 
@@ -178,6 +193,13 @@ class Covisit:
         self._estimate, self._before = (np.where(gone, 0, a[kept]) for a in (self._estimate, self._before))
         self._size = len(kept)
         self._total = float(self._num_clicks.sum())
+
+    def snapshot(self) -> Covisit:
+        """A copy, to be read by another thread."""
+        copied = copy.copy(self)
+        for name in ("partner", "estimate", "before", "num_clicks"):
+            setattr(copied, f"_{name}", getattr(self, f"_{name}")[: self._size].copy())
+        return copied
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Arrays from which `load_state_dict` makes the same counts; copies."""

@@ -22,8 +22,9 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from streams.contract import Float32Array, UInt64Array
-from trainer.contract import DENSE, ITEM_ID, STEP, collection_name, model_version_of
+from streams.contract import Float32Array, Float64Array, UInt64Array
+from trainer.contract import COVISIT, DENSE, ITEM_ID, STEP, collection_name, model_version_of
+from trainer.covisit import SparseVectors
 
 FIRST_PAUSE_SECONDS = 0.25
 DELETE_POINTS = 10_000
@@ -52,10 +53,12 @@ class Points:
     item_hash: UInt64Array
     """[n] point ids, distinct."""
     vectors: Float32Array
-    """[n, D + 1]"""
+    """[n, D + H]"""
     item_ids: list[str]
     payloads: list[bytes]
     """JSON objects."""
+    covisit: SparseVectors | None = None
+    """n sparse vectors; None where the version has none."""
 
     def __len__(self) -> int:
         return len(self.item_hash)
@@ -64,7 +67,8 @@ class Points:
         """These points, `size` at a time."""
         for start in range(0, len(self), size):
             part = slice(start, start + size)
-            yield Points(self.item_hash[part], self.vectors[part], self.item_ids[part], self.payloads[part])
+            covisit = self.covisit and self.covisit.part(part)
+            yield Points(self.item_hash[part], self.vectors[part], self.item_ids[part], self.payloads[part], covisit)
 
 
 class Index:
@@ -108,13 +112,18 @@ class Index:
         names = [collection.name for collection in self._call(lambda: self._client.get_collections()).collections]
         return sorted(version for name in names if (version := model_version_of(self.alias, name)) is not None)
 
-    def create(self, version: int, size: int, *, hnsw: bool) -> None:
-        """Makes a version's collection with its payload indexes; `size` = D + 1."""
+    def create(self, version: int, size: int, *, hnsw: bool, covisit: bool = False) -> None:
+        """Makes a version's collection with its payload indexes; `size` = D + H; `covisit`: with sparse vectors."""
         name = collection_name(self.alias, version)
         # m=0: no graph. Searches are exact, fast enough up to some 100,000 points, and points are indexed at once.
         graph = models.HnswConfigDiff(m=16, ef_construct=100) if hnsw else models.HnswConfigDiff(m=0)
         vectors = {DENSE: models.VectorParams(size=size, distance=models.Distance.DOT)}
-        self._call(lambda: self._client.create_collection(name, vectors_config=vectors, hnsw_config=graph))
+        sparse = {COVISIT: models.SparseVectorParams()} if covisit else None
+        self._call(
+            lambda: self._client.create_collection(
+                name, vectors_config=vectors, sparse_vectors_config=sparse, hnsw_config=graph
+            )
+        )
         for field, kind in self._payload_indexes.items():
             schema = models.PayloadSchemaType(kind)
             self._call(lambda f=field, s=schema: self._client.create_payload_index(name, f, s))  # type: ignore[misc]
@@ -124,9 +133,15 @@ class Index:
 
         It waits for each batch, because what goes wrong after an answer that did not wait is told to nobody.
         """
-        batch = models.Batch(
+        vectors: dict[str, Any] = {DENSE: points.vectors.tolist()}
+        if points.covisit is not None:
+            vectors[COVISIT] = [
+                models.SparseVector.model_construct(indices=indices, values=values)
+                for indices, values in points.covisit.lists()
+            ]
+        batch = models.Batch.model_construct(
             ids=points.item_hash.tolist(),
-            vectors={DENSE: points.vectors.tolist()},
+            vectors=vectors,
             payloads=[
                 {**msgspec.json.decode(payload), ITEM_ID: item_id, STEP: step}
                 for item_id, payload in zip(points.item_ids, points.payloads, strict=True)
@@ -216,7 +231,15 @@ def new_client(url: str, api_key: str | None, timeout_seconds: int) -> QdrantCli
     return QdrantClient(url=url, api_key=api_key, timeout=timeout_seconds, headers={"accept-encoding": "identity"})
 
 
-def joined_vectors(embedding: Float32Array, log_count: Any, landmark: float, scale: float) -> Float32Array:
-    """What the index holds of n items: float32 [n, D + 1] = [embedding ‖ (log count − landmark) / scale]."""
-    popularity = ((log_count - landmark) / scale).astype(np.float32)
-    return np.concatenate([embedding, popularity[:, None]], axis=1)
+def joined_vectors(
+    embedding: Float32Array, log_counts: Float64Array, landmark: Float64Array, scale: float
+) -> Float32Array:
+    """What the index holds of n items: float32 [n, D + H] = [embedding ‖ (log counts − landmark) / scale].
+
+    Args:
+        embedding: float32 [n, D].
+        log_counts: float64 [n, H] of `Catalogue.log_counts`.
+        landmark: float64 [H] that the version's log counts are relative to.
+        scale: > 0.
+    """
+    return np.concatenate([embedding, ((log_counts - landmark) / scale).astype(np.float32)], axis=1)

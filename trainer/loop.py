@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import structlog
 
 from streams.contract import MicroBatch
+from trainer.catalogue import Catalogue
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.metrics import Metrics
 from trainer.model import Model
 from trainer.publish import Publisher
 from trainer.source import Delivery, Poll, Source
+from trainer.step import Learner
 
 POLL_SECONDS = 0.1
 log = structlog.get_logger()
@@ -51,7 +55,7 @@ class Loop:
                     break
             self._keep_up(poll, 0)
         self.publisher.close()
-        if self.checkpoints.finish(self.progress, self.model.learner, self.model.catalogue):
+        if self.checkpoints.finish(*self._state()):
             self.source.show_positions(self.progress.positions.micro_batches)
 
     def _take_items(self, poll: Poll) -> None:
@@ -82,12 +86,15 @@ class Loop:
         progress.note(len(batch), result.loss)
         self.metrics.learnt(len(batch), result.num_steps, result.loss, float(batch.ingest_time.max()))
 
+    def _state(self) -> tuple[Progress, Learner, Catalogue, dict[str, npt.NDArray[Any]]]:
+        return self.progress, self.model.learner, self.model.catalogue, self.model.scoring_state()
+
     def _keep_up(self, poll: Poll, in_hand: int) -> None:
         with self.metrics.stage("checkpoint"):
             if written := self.checkpoints.collect():
                 self.source.show_positions(written.positions.micro_batches)
             if self.checkpoints.due:
-                self.checkpoints.save(self.progress, self.model.learner, self.model.catalogue)
+                self.checkpoints.save(*self._state())
         with self.metrics.stage("publish"):
             if not poll.loading:
                 self.publisher.advance()

@@ -1,27 +1,45 @@
-"""What is learnt from clicks, as one thing: towers, catalogue, and the test before each learning.
+"""What is learnt from clicks, as one thing: towers, catalogue, co-visitation, the weights of the served score, and the
+test before each learning.
 
 Station: inside the loop, and inside every replay of clicks that has no Kafka: a micro-batch goes in, all parts have
 learnt it, what was foreseen of it comes out. It reads no source, saves nothing and publishes nothing; `step` numbers
 come from its caller.
+
+A micro-batch is gone through in parts of `refresh_clicks` clicks: each is scored with the counts (popularity,
+co-visitation) and weights from before it, and then counted. The towers learn the micro-batch as a whole after that.
+
+Shapes: B clicks of a part that are scored, N known items.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from streams.contract import MicroBatch
 from trainer.catalogue import Catalogue
-from trainer.evaluate import Prequential, Ranks
+from trainer.covisit import Covisit
+from trainer.evaluate import Prequential, Ranks, excluded_pairs
+from trainer.features import ranges
 from trainer.item_events import ItemChange
 from trainer.rewards import task_rewards
+from trainer.score import ServedScore
 from trainer.settings import TrainerSettings
 from trainer.step import Clicks, Learner, StepResult
 from trainer.towers import ItemFeatures, QueryInputs, TowerConfig, query_inputs
 from trainer.training import TrainingConfig
+
+COVISIT_DECAY = 0.9
+"""Weight of a history item relative to the next newer one, in co-visitation scores."""
+WEIGHED_ROWS = 16
+"""Clicks of each micro-batch that the weights of the score learn from."""
 
 Stage = Callable[[str], AbstractContextManager[object]]
 """Called with "evaluate", "learn" and "touch": measures the time within."""
@@ -43,6 +61,19 @@ class Model:
     catalogue: Catalogue
     learner: Learner
     evaluation: Prequential | None = None
+    """Not part of the state; what is learnt does not depend on it."""
+    score: ServedScore = field(default_factory=lambda: ServedScore(1, covisit_weight=0.0, adapts=False))
+    """Of as many popularity features as the catalogue has half-lives."""
+    covisit: Covisit | None = None
+    exclude_history: bool = True
+    """Whether items of a click's history are no candidates. A click on one of them is then a miss."""
+    tested_rows: int = 100_000
+    """Most clicks of a micro-batch that are tested, drawn at random."""
+    refresh_clicks: int = 64
+
+    def __post_init__(self) -> None:
+        if self.covisit is not None:
+            self.catalogue.on_keep = self.covisit.keep
 
     def embed_all(self) -> None:
         """Gives every item its embedding: after a load, and whenever all items' embeddings shall be fresh."""
@@ -64,34 +95,114 @@ class Model:
             NonFiniteError: the loss or a gradient is not finite.
         """
         query = self._query(batch)
-        with stage("evaluate"):
-            ranks = self._evaluate(batch, query)
+        weighed, tested = self._drawn(len(batch))
+        ranks: list[Ranks] = []
+        for start in range(0, len(batch), self.refresh_clicks):
+            part = slice(start, min(start + self.refresh_clicks, len(batch)))
+            with stage("evaluate"):
+                ranks += self._foresee(batch, query, part, weighed, tested)
+            with stage("touch"):
+                self._count(batch, part, step)
         with stage("learn"):
-            rows = self.catalogue.admit(batch.item_hash, batch.item_id, step)
             log_q, histories = np.log(batch.sampling_probability), (batch.history_values, batch.history_offsets)
             rewards = task_rewards(self.learner.config.tasks, batch.reward, batch.context)
             result = self.learner.learn(Clicks(query, batch.item_hash, rewards, log_q, *histories))
         with stage("touch"):
-            self.catalogue.count(rows)
-            self.catalogue.embed(np.unique(rows), self.learner.embed_items)
-        return Learnt(result, ranks)
+            rows = np.unique(self.catalogue.find(batch.item_hash))
+            self.catalogue.embed(rows[rows >= 0], self.learner.embed_items)
+        return Learnt(result, _joined(ranks))
 
     def test(self, batch: MicroBatch) -> Ranks | None:
         """What is foreseen of a micro-batch, which is not learnt; None: there is no item yet, or nothing is tested."""
-        return self._evaluate(batch, self._query(batch))
+        nothing = np.zeros(len(batch), np.bool_)
+        _, tested = self._drawn(len(batch))
+        return _joined(self._foresee(batch, self._query(batch), slice(0, len(batch)), nothing, tested))
+
+    def scoring_state(self) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of the weights and the co-visitation counts, for a checkpoint; copies."""
+        parts = {"score": self.score.state_dict(), "covisit": self.covisit.state_dict() if self.covisit else {}}
+        return {f"{part}.{name}": array for part, state in parts.items() for name, array in state.items()}
+
+    def load_scoring_state(self, state: dict[str, npt.NDArray[Any]]) -> None:
+        """Takes over what `scoring_state` gave.
+
+        Raises:
+            ValueError: it is of another configuration.
+        """
+        parts: dict[str, dict[str, npt.NDArray[Any]]] = {"score": {}, "covisit": {}}
+        for key, array in state.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = array
+        self.score.load_state_dict(parts["score"])
+        if self.covisit is not None and parts["covisit"]:
+            self.covisit.load_state_dict(parts["covisit"])
 
     def _query(self, batch: MicroBatch) -> QueryInputs:
         config = self.learner.config
         context = {f.name: batch.context[f.name].to_pylist() for f in config.context if f.name in batch.context}
         return query_inputs(config, batch.user_hash, batch.history_values, batch.history_offsets, context)
 
-    def _evaluate(self, batch: MicroBatch, query: QueryInputs) -> Ranks | None:
-        if self.evaluation is None or not self.catalogue.num_items:
-            return None
-        queries, items = self.learner.embed_queries(query), self.catalogue.embedding
-        target, histories = self.catalogue.find(batch.item_hash), self.catalogue.find(batch.history_values)
-        popularity, offsets = self.catalogue.popularity(), batch.history_offsets
-        return self.evaluation.observe(queries, items, popularity, target, histories, offsets)
+    def _drawn(self, num_rows: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Which rows the weights learn from, and which are tested; the first does not depend on the second."""
+        order = np.random.default_rng([self.learner.training.seed, self.learner.num_steps, 2]).permutation(num_rows)
+        place = np.argsort(order)
+        weighed = place < (WEIGHED_ROWS if self.score.adapts else 0)
+        return weighed, place < (self.tested_rows if self.evaluation is not None else 0)
+
+    def _foresee(
+        self,
+        batch: MicroBatch,
+        query: QueryInputs,
+        part: slice,
+        weighed: npt.NDArray[np.bool_],
+        tested: npt.NDArray[np.bool_],
+    ) -> list[Ranks]:
+        """Scores the drawn clicks of a part; their ranks if they are tested; the weights have learnt from them."""
+        rows = part.start + np.flatnonzero((weighed | tested)[part])
+        catalogue = self.catalogue
+        num_best = self.evaluation.num_best if self.evaluation is not None else 0
+        if not len(rows) or not catalogue.num_items:
+            nothing = np.full(np.count_nonzero(tested[part]), np.inf)
+            return [Ranks(nothing, nothing, np.full((len(nothing), num_best), -1))] if len(nothing) else []
+        lengths = np.diff(batch.history_offsets)[rows]
+        histories = catalogue.find(batch.history_values[ranges(batch.history_offsets[rows], lengths)])
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        target = catalogue.find(batch.item_hash[rows])
+        excluded = excluded_pairs(histories, offsets) if self.exclude_history else np.zeros((0, 2), np.int64)
+        embedding = torch.from_numpy(self.learner.embed_queries(query.take(rows)) / self.learner.config.temperature)
+        logits = (embedding @ torch.from_numpy(catalogue.embedding).T).numpy()
+        popularity = catalogue.log_qs().astype(np.float32)
+        covisit = self.covisit.scores(histories, offsets, len(catalogue)) if self.covisit is not None else None
+        known = np.minimum(lengths, self.learner.config.history_length)
+        scores = self.score.combine(logits, popularity, covisit, known)
+        scores[:, catalogue.deleted] = -np.inf
+        scores[excluded[:, 0], excluded[:, 1]] = -np.inf
+        ranks = []
+        if self.evaluation is not None and (of := tested[rows]).any():
+            places = np.cumsum(of) - 1
+            pairs = excluded[of[excluded[:, 0]]]
+            pairs = np.stack([places[pairs[:, 0]], pairs[:, 1]], axis=1)
+            ranks.append(self.evaluation.observe(scores[of], catalogue.popularity(), target[of], pairs))
+        if (of := weighed[rows]).any():
+            some = None if covisit is None else covisit[of]
+            self.score.learn(logits[of], popularity, some, known[of], scores[of], target[of])
+        return ranks
+
+    def _count(self, batch: MicroBatch, part: slice, step: int) -> None:
+        rows = self.catalogue.admit(batch.item_hash[part], batch.item_id[part], step)
+        self.catalogue.count(rows)
+        if self.covisit is not None:
+            offsets = batch.history_offsets[part.start : part.stop + 1]
+            histories = self.catalogue.find(batch.history_values[offsets[0] : offsets[-1]])
+            self.covisit.extend(len(self.catalogue))
+            self.covisit.count(rows, histories, offsets - offsets[0])
+
+
+def _joined(ranks: list[Ranks]) -> Ranks | None:
+    if not ranks:
+        return None
+    names = ("rank", "popularity_rank", "best")
+    return Ranks(**{name: np.concatenate([getattr(part, name) for part in ranks]) for name in names})
 
 
 def new_model(settings: TrainerSettings) -> Model:
@@ -105,16 +216,33 @@ def new_model(settings: TrainerSettings) -> Model:
         ItemFeatures(config),
         embedding_dim=config.embedding_dim,
         half_life_clicks=settings.log_q_half_life_clicks,
+        further_half_lives=settings.further_half_lives_clicks,
         uniform_ratio=settings.uniform_ratio,
         max_items=settings.max_items,
     )
-    evaluation = Prequential(
-        config.temperature,
-        settings.popularity_weight,
-        window=settings.evaluation_window_clicks,
-        exclude_history=settings.exclude_history,
-        rows_per_batch=settings.evaluation_rows,
-        seed=settings.seed,
-    ) if settings.evaluation_rows else None  # fmt: skip
+    evaluation = Prequential(window=settings.evaluation_window_clicks) if settings.evaluation_rows else None
     learner = Learner(config, training, catalogue.inputs, lambda: (catalogue.item_hash, catalogue.popularity()))
-    return Model(catalogue, learner, evaluation)
+    score = ServedScore(
+        1 + len(settings.further_half_lives_clicks),
+        popularity_weight=settings.popularity_weight,
+        covisit_weight=settings.covisit_weight if settings.covisit else 0.0,
+        covisit_scale=settings.covisit_scale,
+        adapts=settings.adapt_weights,
+    )
+    covisit = Covisit(
+        settings.covisit_partners,
+        window=settings.covisit_window,
+        half_life_clicks=settings.covisit_half_life_clicks or math.inf,
+        history_length=config.history_length,
+        history_decay=COVISIT_DECAY,
+    ) if settings.covisit else None  # fmt: skip
+    return Model(
+        catalogue,
+        learner,
+        evaluation,
+        score,
+        covisit,
+        exclude_history=settings.exclude_history,
+        tested_rows=settings.evaluation_rows,
+        refresh_clicks=settings.refresh_clicks,
+    )

@@ -28,20 +28,21 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
 
 from streams.contract import Float32Array, Int64Array
-from trainer.catalogue import Catalogue
 from trainer.checkpoint import Progress
 from trainer.contract import Manifest, collection_name
+from trainer.covisit import SMOOTHING
 from trainer.freshness import Freshness
 from trainer.index import CollectionGoneError, IndexAwayError, Points, PublishStoppedError, joined_vectors
 from trainer.metrics import Metrics
+from trainer.model import Model
 from trainer.rollout import Copy, Delta, Done, Filled, Rollout, Version
-from trainer.step import Learner
 
 GATHER_ITEMS = 8_192
 """Items whose inputs are gathered, and that are embedded, at a time."""
@@ -60,8 +61,7 @@ class Publisher:
     def __init__(
         self,
         rollout: Rollout,
-        catalogue: Catalogue,
-        learner: Learner,
+        model: Model,
         progress: Progress,
         metrics: Metrics,
         *,
@@ -70,13 +70,13 @@ class Publisher:
         """
         Args:
             rollout: does the work; its settings say when, its clocks count.
-            catalogue: read when copies are taken; also given the embeddings that a full publish makes.
-            learner: read when copies are taken.
+            model: read when copies are taken; its catalogue is also given the embeddings that a full publish makes.
             progress: read when copies are taken; `model_version` is kept up to date.
             stopping: the event that the index was given; `close` sets it.
         """
         self._rollout, self._settings = rollout, rollout.settings
-        self._catalogue, self._learner, self._progress, self._metrics = catalogue, learner, progress, metrics
+        self._model, self._progress, self._metrics = model, progress, metrics
+        self._catalogue, self._learner = model.catalogue, model.learner
         self._stopping = stopping or threading.Event()
         self._rising = rollout.rising
         self.freshness = Freshness(metrics.click_to_servable)
@@ -130,14 +130,13 @@ class Publisher:
         # One copy of both, so that they go on sharing their tables.
         query_tower, item_tower = copy.deepcopy((self._learner.query_tower, self._learner.item_tower))
         number = self._progress.model_version + 1
-        version = Version(number, catalogue.log_total, self._progress.step, self._rollout.clock())
+        version = Version(number, catalogue.log_totals, self._progress.step, self._rollout.clock())
         manifest = Manifest(
             model_version=number,
             collection=collection_name(self._rollout.index.alias, number),
             embedding_dim=config.embedding_dim,
-            popularity_dims=1,
+            **self._weights(),
             popularity_scale=settings.popularity_scale,
-            popularity_weights=[settings.popularity_weight],
             temperature=config.temperature,
             towers=config.to_dict(),
             num_items=len(rows),
@@ -149,14 +148,48 @@ class Publisher:
         starts = range(0, len(rows), GATHER_ITEMS)
         inputs = [catalogue.inputs_of_rows(rows[start : start + GATHER_ITEMS]) for start in starts]
         points = self._take_points(rows, catalogue.embedding[:0])
-        return Copy(version, manifest, query_tower, item_tower, inputs, points, catalogue.log_count(rows))
+        return Copy(
+            version,
+            manifest,
+            query_tower,
+            item_tower,
+            inputs,
+            points,
+            catalogue.log_counts(rows),
+            self._model.covisit and self._model.covisit.snapshot(),
+            rows,
+            catalogue.item_hash.copy(),
+        )
+
+    def _weights(self) -> dict[str, Any]:
+        """The weights of the served score, as the Manifest has them."""
+        score, covisit = self._model.score, self._model.covisit
+        at_mean, slopes = score.weights.T.tolist()
+        weights: dict[str, Any] = {
+            "popularity_dims": len(at_mean) - 2,
+            "popularity_weights": at_mean[1:-1],
+            "popularity_slopes": slopes[1:-1],
+            "embedding_weight": at_mean[0],
+            "embedding_slope": slopes[0],
+            "history_length": self._learner.config.history_length,
+        }
+        if covisit is not None:
+            weights |= {
+                "covisit_weight": at_mean[-1],
+                "covisit_slope": slopes[-1],
+                "covisit_scale": score.covisit_scale / SMOOTHING,
+                "covisit_decay": covisit.history_decay,
+            }
+        return weights
 
     def _take_delta(self, version: Version, since: int) -> Delta:
         catalogue, scale = self._catalogue, self._settings.popularity_scale
         rows = np.flatnonzero((catalogue.touched > since) & ~catalogue.deleted)
         rows = rows[np.argsort(catalogue.added[rows] <= since, kind="stable")]
-        log_count = catalogue.log_count(rows)
-        points = self._take_points(rows, joined_vectors(catalogue.embedding[rows], log_count, version.landmark, scale))
+        vectors = joined_vectors(catalogue.embedding[rows], catalogue.log_counts(rows), version.landmark, scale)
+        counts = self._model.covisit
+        covisit = counts.item_vectors(rows, catalogue.item_hash) if counts is not None else None
+        points = replace(self._take_points(rows, vectors), covisit=covisit)
         gone = np.fromiter(catalogue.gone.keys(), np.uint64, len(catalogue.gone))
         return Delta(self._progress.step, points, gone)
 

@@ -15,8 +15,9 @@ import numpy as np
 import structlog
 import torch
 
-from streams.contract import Float32Array, Float64Array, UInt64Array
+from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array
 from trainer.contract import Manifest, collection_name
+from trainer.covisit import Covisit, SparseVectors
 from trainer.index import CollectionGoneError, Index, IndexAwayError, Points, joined_vectors
 from trainer.towers import ItemInputs, ItemTower, QueryTower
 from trainer.versions import Versions
@@ -36,7 +37,6 @@ class PublishSettings:
     green_seconds: float = 300.0
     keep_versions: int = 2
     popularity_scale: float = 20.0
-    popularity_weight: float = 1.0
     settings_hash: str = ""
 
 
@@ -45,8 +45,8 @@ class Version:
     """A version that this process fills or has filled."""
 
     number: int
-    landmark: float
-    """Log count that its last dimension is relative to."""
+    landmark: Float64Array
+    """[H] log counts that its last dimensions are relative to."""
     step: int
     """Of the copy."""
     created_at: float
@@ -63,7 +63,19 @@ class Copy:
     inputs: list[ItemInputs]
     points: Points
     """Without vectors: [0, D]."""
-    log_count: Float64Array
+    log_counts: Float64Array
+    """[n, H]"""
+    covisit: Covisit | None = None
+    rows: Int64Array | None = None
+    """[n] the points' rows in `covisit`."""
+    item_hash: UInt64Array | None = None
+    """[N] of all rows."""
+
+    def sparse_vectors(self, part: slice) -> SparseVectors | None:
+        """Of some of the points."""
+        if self.covisit is None or self.rows is None or self.item_hash is None:
+            return None
+        return self.covisit.item_vectors(self.rows[part], self.item_hash)
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,8 @@ class Rollout:
         self._remove_unfinished(live)
         version = replace(taken.version, number=number)
         hnsw = len(taken.points) >= self.settings.hnsw_from_items
-        self.index.create(number, taken.manifest.embedding_dim + 1, hnsw=hnsw)
+        size = taken.manifest.embedding_dim + taken.manifest.popularity_dims
+        self.index.create(number, size, hnsw=hnsw, covisit=taken.covisit is not None)
         embedded: list[Float32Array] = []
         done = 0
         for inputs in taken.inputs:
@@ -126,9 +139,10 @@ class Rollout:
             part = slice(done, done + len(embedding))
             points = Points(
                 taken.points.item_hash[part],
-                joined_vectors(embedding, taken.log_count[part], version.landmark, self.settings.popularity_scale),
+                joined_vectors(embedding, taken.log_counts[part], version.landmark, self.settings.popularity_scale),
                 taken.points.item_ids[part],
                 taken.points.payloads[part],
+                taken.sparse_vectors(part),
             )
             for batch in points.batches(self.settings.publish_batch_points):
                 self.index.upsert(number, batch, version.step)

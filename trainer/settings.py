@@ -32,6 +32,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_history": False,
         "dense_learning_rate": 0.01,
         "popularity_weight": 0.0,
+        "further_half_lives_clicks": (),
+        "covisit": False,
+        "adapt_weights": False,
     },
 }
 """Values that a preset gives to the settings that are not set themselves."""
@@ -90,7 +93,8 @@ class TrainerSettings(KafkaSettings):
     popularity_scale: float = Field(20.0, gt=0, le=1e6)
     """The log-frequency dimension is divided by it, so that its range is that of the embedding's own."""
     popularity_weight: float = Field(1.0, ge=0, le=100)
-    """Weight of the log frequency in the score when a request asks for popularity 1."""
+    """Weight of the log frequency in the score when a request asks for popularity 1; with adapt_weights only the first
+    one."""
 
     features: str = ""
     """Feature lists of the towers: path of a .json or .toml file, or JSON itself, as {"context": [{"name", "kind"} …],
@@ -158,9 +162,28 @@ class TrainerSettings(KafkaSettings):
     """Most items in the catalogue; a sixteenth of them, those untouched for longest, make room when it is full."""
     log_q_half_life_clicks: float = Field(5_000.0, gt=0, le=1e12)
     """Half-life of an item's click count behind its log frequency, in clicks of all items."""
+    further_half_lives_clicks: tuple[float, ...] = (1_000.0, 1e12)
+    """JSON list of further half-lives, in clicks of all items: each gives the score a log frequency of its own; []: one
+    alone."""
     uniform_ratio: float = Field(0.02, gt=0, le=1)
     """Share of clicks taken as spread evenly over all items: an item's log frequency is at least
     log(uniform_ratio / number of items)."""
+    covisit: bool = True
+    """Whether items clicked by the same users within a few clicks count in the score."""
+    covisit_partners: int = Field(64, ge=1, le=1_024)
+    """Most co-visited items that are counted for each item; 12 bytes each."""
+    covisit_window: int = Field(10, ge=1, le=1_000)
+    """Newest distinct items of the history that a click is counted with."""
+    covisit_half_life_clicks: float = Field(0.0, ge=0, le=1e12)
+    """Clicks of all items after which co-visits count half; 0: they never fade."""
+    covisit_scale: float = Field(1.0, gt=0, le=1e6)
+    """c of the score's b · ln(1 + c · x), x being how much more often than by chance items were clicked together."""
+    covisit_weight: float = Field(0.5, gt=0, le=100)
+    """b of the score; with adapt_weights only the first one."""
+    adapt_weights: bool = True
+    """Whether the weights of embedding, log frequencies and co-visitation follow the clicks."""
+    refresh_clicks: int = Field(64, ge=1, le=100_000)
+    """Clicks after which, within a micro-batch, counts and weights are renewed for those that are tested."""
     exclude_history: bool = True
     """Whether, when the model is tested, items of the click's history are no candidates; a click on one is a miss."""
     evaluation_rows: int = Field(16, ge=0, le=100_000)
@@ -226,7 +249,10 @@ class TrainerSettings(KafkaSettings):
 
     def identity(self) -> dict[str, Any]:
         """The settings that a checkpoint is bound to: with another value of one of them it means something else."""
-        names = ("topic_prefix", "log_q_half_life_clicks", "recent_window", "seed")
+        names = (
+            "topic_prefix", "log_q_half_life_clicks", "further_half_lives_clicks", "recent_window", "seed", "covisit",
+            "covisit_partners", "covisit_window", "covisit_half_life_clicks", "adapt_weights",
+        )  # fmt: skip
         return {"towers": self.towers()} | {name: getattr(self, name) for name in names}
 
 

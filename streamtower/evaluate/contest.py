@@ -103,9 +103,9 @@ class TowersContestant:
 
     def observe(self, block: Block) -> Seen:
         """What the model foresaw of the block, which it then learns."""
-        item_hash = self.model.catalogue.item_hash.copy()
         self._step += 2
         learnt = self.model.learn(block.batch, self._step)
+        item_hash = self.model.catalogue.item_hash.copy()  # candidates may have been clicked first in this block
         self._teller.tell(self.model, block.batch.item_hash, self._step + 1)
         return self._codes.seen(learnt.ranks, item_hash, len(block))
 

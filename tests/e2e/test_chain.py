@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
-from qdrant_client import QdrantClient
+from qdrant_client import QdrantClient, models
 
 from streams.contract import ClickEvent, ItemEvent, hash_id, hash_ids
 from streamtower.asking import ask, lines_for
@@ -24,7 +24,17 @@ from streamtower.stack import Servers, Stack
 from streamtower.watch import Watch
 from tests.fixtures.kafka import topics_on
 from tests.fixtures.qdrant import names_of_its_own
-from trainer.contract import DENSE, ITEM_ID, QUERY_TOWER_FILE, load_manifest, query_vector, version_directory
+from trainer.contract import (
+    COVISIT,
+    DENSE,
+    ITEM_ID,
+    QUERY_TOWER_FILE,
+    covisit_query,
+    covisit_weight,
+    load_manifest,
+    query_vector,
+    version_directory,
+)
 
 pytestmark = [pytest.mark.broker, pytest.mark.index, pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -142,7 +152,7 @@ def test_a_user_gets_candidates_of_their_colour_and_none_that_they_have_seen(cha
     assert len(green["candidates"]) == NUM_ITEMS // 3
 
 
-def test_any_qdrant_client_with_the_query_vector_gets_the_same_candidates(chain: Chain) -> None:
+def test_any_qdrant_client_with_the_query_gets_the_same_candidates(chain: Chain) -> None:
     from trainer.towers import TowerConfig, load_query_tower, query_inputs
 
     history = ["item-0", "item-3", "item-9"]
@@ -155,9 +165,26 @@ def test_any_qdrant_client_with_the_query_vector_gets_the_same_candidates(chain:
         tower = load_query_tower(directory / QUERY_TOWER_FILE, config)
         hashes = hash_ids(history)
         inputs = query_inputs(config, hash_ids(["nobody"]), hashes, np.array([0, len(hashes)]), {})
-        vector = query_vector(manifest, tower(inputs)[0].tolist(), popularity=0.5)
+        vector = query_vector(manifest, tower(inputs)[0].tolist(), 0.5, len(history))
+        indices, values = covisit_query(manifest, hashes.tolist())
+        sparse = models.SparseVector(indices=indices, values=values)
+        best = [
+            models.Prefetch(query=vector, using=DENSE, limit=500),
+            models.Prefetch(query=sparse, using=COVISIT, limit=500),
+        ]
+        logarithm = models.LnExpression(ln=models.SumExpression(sum=[1.0, "$score[1]"]))
+        weighed = models.MultExpression(mult=[covisit_weight(manifest, len(history)), logarithm])
         found = chain.qdrant.query_points(
-            manifest.collection, vector, using=DENSE, limit=20, with_payload=[ITEM_ID]
+            manifest.collection,
+            prefetch=[
+                models.Prefetch(prefetch=best, query=vector, using=DENSE, limit=1_000),
+                models.Prefetch(prefetch=best, query=sparse, using=COVISIT, limit=1_000),
+            ],
+            query=models.FormulaQuery(
+                formula=models.SumExpression(sum=["$score[0]", weighed]), defaults={"$score[1]": 0.0}
+            ),
+            limit=20,
+            with_payload=[ITEM_ID],
         ).points
         same = [candidate["item_id"] for candidate in answer["candidates"]] == [p.payload[ITEM_ID] for p in found]
         if same:

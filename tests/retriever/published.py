@@ -14,6 +14,7 @@ from qdrant_client import QdrantClient, models
 
 from streams.contract import hash_id, hash_ids
 from trainer.contract import (
+    COVISIT,
     DENSE,
     ITEM_ID,
     MANIFEST_FILE,
@@ -37,6 +38,16 @@ CONFIG = TowerConfig(
 )
 POPULARITY_SCALE = 20.0
 POPULARITY_WEIGHT = 1.2
+WEIGHTS = {
+    "popularity_weights": [POPULARITY_WEIGHT],
+    "popularity_slopes": [0.1],
+    "embedding_weight": 0.7,
+    "embedding_slope": 0.2,
+    "covisit_weight": 0.6,
+    "covisit_slope": -0.1,
+    "covisit_scale": 0.3,
+    "covisit_decay": 0.8,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ class Published:
     item_ids: list[str]
     vectors: np.ndarray
     """float32 [n, embedding_dim + 1]"""
+    covisits: np.ndarray
+    """float32 [n, n] item, partner: 0 where they were never clicked together."""
 
     def scores(
         self,
@@ -58,7 +71,8 @@ class Published:
         context: Mapping[str, str | float] | None = None,
         popularity: float = 1.0,
     ) -> dict[str, float]:
-        """Item id → score: cosine / temperature + popularity · weight · log-frequency, from the formula's parts."""
+        """Item id → score: a · cosine / temperature + popularity · w · log-frequency + b · ln(1 + covisit), from the
+        formula's parts."""
         inputs = query_inputs(
             self.config,
             np.array([hash_id(user_id or "nobody")], np.uint64),
@@ -71,9 +85,17 @@ class Published:
         with torch.no_grad():
             query = self.tower(inputs)[0].numpy().astype(np.float64)
         dim = self.config.embedding_dim
-        affinity = self.vectors[:, :dim] @ query / self.config.temperature
+        newest = list(history)[::-1][: self.config.history_length]
+        known = np.log(1 + len(newest)) - 1.5
+        affinity = (0.7 + 0.2 * known) * self.vectors[:, :dim] @ query / self.config.temperature
         log_frequency = self.vectors[:, dim] * POPULARITY_SCALE
-        score = affinity + popularity * POPULARITY_WEIGHT * log_frequency
+        weights = 0.8 ** np.arange(len(newest)) / (0.8 ** np.arange(len(newest))).sum()
+        covisit = np.zeros(len(self.item_ids))
+        for item, weight in zip(newest, weights, strict=True):
+            if item in self.item_ids:
+                covisit += 0.3 * weight * self.covisits[:, self.item_ids.index(item)]
+        score = affinity + popularity * (POPULARITY_WEIGHT + 0.1 * known) * log_frequency
+        score += (0.6 - 0.1 * known) * np.log1p(covisit)
         return dict(zip(self.item_ids, score.tolist(), strict=True))
 
     def best(self, k: int, *, without: Sequence[str] = (), **query: object) -> list[tuple[str, float]]:
@@ -110,6 +132,8 @@ class Publisher:
         embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
         log_frequency = -5 * random.random((num_items, 1))
         vectors = np.hstack([embeddings, log_frequency / POPULARITY_SCALE]).astype(np.float32)
+        covisits = np.where(random.random((num_items, num_items)) < 0.2, 20 * random.random((num_items, num_items)), 0)
+        np.fill_diagonal(covisits, 0)
         collection = collection_name(self.alias, model_version)
         manifest = Manifest(
             model_version=model_version,
@@ -117,7 +141,8 @@ class Publisher:
             embedding_dim=config.embedding_dim,
             popularity_dims=1,
             popularity_scale=POPULARITY_SCALE,
-            popularity_weights=[POPULARITY_WEIGHT],
+            **WEIGHTS,  # type: ignore[arg-type]
+            history_length=config.history_length,
             temperature=config.temperature,
             towers=config.to_dict(),
             num_items=num_items,
@@ -130,13 +155,22 @@ class Publisher:
         self.client.create_collection(
             collection,
             vectors_config={DENSE: models.VectorParams(size=vectors.shape[1], distance=models.Distance.DOT)},
+            sparse_vectors_config={COVISIT: models.SparseVectorParams()},
         )
         self.client.upsert(
             collection,
             [
                 models.PointStruct(
                     id=hash_id(item),
-                    vector={DENSE: vector.tolist()},
+                    vector={
+                        DENSE: vector.tolist(),
+                        COVISIT: models.SparseVector(
+                            indices=[
+                                hash_id(item_ids[other]) & 0xFFFFFFFF for other in np.flatnonzero(covisits[number])
+                            ],
+                            values=covisits[number][covisits[number] > 0].tolist(),
+                        ),
+                    },
                     payload={
                         ITEM_ID: item,
                         STEP: manifest.step,
@@ -150,7 +184,7 @@ class Publisher:
         )
         if switch:
             self.switch_to(model_version)
-        return Published(manifest, tower, config, item_ids, vectors)
+        return Published(manifest, tower, config, item_ids, vectors, covisits)
 
     def write(self, manifest: Manifest, tower: QueryTower) -> Path:
         """The version's directory, the Manifest last."""

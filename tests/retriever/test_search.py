@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from qdrant_client import AsyncQdrantClient, models
 
+from retriever.encode import Query
 from retriever.metrics import Metrics
 from retriever.search import (
     CollectionGone,
@@ -83,7 +84,7 @@ def on_index(
 
 
 def search(index: Index, filter: models.Filter | None = None, k: int = 2, seen: Any = NO_ITEMS) -> Any:
-    return index.search("items__v1", [0.5, 1.0], k=k, seen=seen, filter=filter, with_payload=False)
+    return index.search("items__v1", Query([0.5, 1.0], [], [], 0.0), k=k, seen=seen, filter=filter, with_payload=False)
 
 
 def retries(metrics: Metrics) -> float:

@@ -12,7 +12,7 @@ import pytest
 from qdrant_client import models
 
 from retriever.encode import VersionError, load_version
-from streams.contract import hash_ids
+from streams.contract import hash_id, hash_ids
 from tests.retriever.published import CONFIG, Published, Publisher
 from tests.retriever.running import Running, wait_until
 from trainer.contract import MANIFEST_FILE, QUERY_TOWER_FILE, version_directory
@@ -176,9 +176,12 @@ class TestLoading:
         query = served.encode(7, hash_ids(["item-1"]), {"device": "phone"}, 0.5)
         here = type(served)(served.collection, served.manifest, served.config, version.tower)
         assert query == here.encode(7, hash_ids(["item-1"]), {"device": "phone"}, 0.5)
-        assert len(query) == 9
-        np.testing.assert_allclose(np.linalg.norm(query[:8]), 1 / CONFIG.temperature, rtol=1e-5)
-        assert query[8] == 0.5 * 1.2 * 20.0
+        assert len(query.dense) == 9
+        known = np.log(2) - 1.5
+        np.testing.assert_allclose(np.linalg.norm(query.dense[:8]), (0.7 + 0.2 * known) / CONFIG.temperature, rtol=1e-5)
+        assert query.indices == [hash_id("item-1") & 0xFFFFFFFF] and query.values == [0.3]
+        assert query.covisit_weight == pytest.approx(0.6 - 0.1 * known)
+        assert query.dense[8] == pytest.approx(0.5 * (1.2 + 0.1 * known) * 20.0)
 
     def test_nobody_is_not_the_user_of_row_0(self, version: Published, publisher: Publisher) -> None:
         served = load_version(publisher.model_dir, publisher.alias, version.manifest.collection)

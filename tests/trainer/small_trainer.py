@@ -12,12 +12,14 @@ from streams.contract import MicroBatch
 from tests.trainer.list_source import ListSource
 from trainer.catalogue import Catalogue
 from trainer.checkpoint import Checkpoints, Progress
+from trainer.covisit import Covisit
 from trainer.evaluate import Prequential
 from trainer.freshness import Freshness
 from trainer.item_events import ItemChange
 from trainer.loop import Loop
 from trainer.metrics import Metrics
 from trainer.model import Model
+from trainer.score import ServedScore
 from trainer.step import Learner
 from trainer.towers import Feature, ItemFeatures, TowerConfig
 from trainer.training import TrainingConfig
@@ -64,7 +66,11 @@ class Trainer:
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.directory, IDENTITY, self.metrics, interval_seconds=self.interval)
         self.catalogue = Catalogue(
-            ItemFeatures(CONFIG), embedding_dim=CONFIG.embedding_dim, half_life_clicks=100, max_items=self.max_items
+            ItemFeatures(CONFIG),
+            embedding_dim=CONFIG.embedding_dim,
+            half_life_clicks=100,
+            further_half_lives=[20.0],
+            max_items=self.max_items,
         )
         self.learner = Learner(CONFIG, TRAINING, self.catalogue.inputs)
         self.progress = Progress()
@@ -72,7 +78,18 @@ class Trainer:
             self.learner.load_state_dict(state.learner)
             self.catalogue.load_state_dict(state.catalogue)
             self.progress = state.progress
-        self.evaluation = Prequential(CONFIG.temperature, rows_per_batch=8) if self.evaluate else None
+        self.evaluation = Prequential() if self.evaluate else None
+        self.model = Model(
+            self.catalogue,
+            self.learner,
+            self.evaluation,
+            ServedScore(2),
+            Covisit(4, window=3, history_length=CONFIG.history_length),
+            tested_rows=8,
+            refresh_clicks=5,
+        )
+        if state:
+            self.model.load_scoring_state(dict(state.scoring))
         self.source: Any = ListSource(self.entries)
         self.publisher: Any = SilentPublisher(self.metrics)
 
@@ -80,7 +97,7 @@ class Trainer:
         """The loop, to the end of the entries."""
         Loop(
             self.source,
-            Model(self.catalogue, self.learner, self.evaluation),
+            self.model,
             self.checkpoints,
             self.publisher,
             self.progress,

@@ -57,9 +57,9 @@ def test_log_q_is_the_share_of_clicks_decayed_by_half_each_half_life(
 def test_untouched_items_fall_together_and_keep_their_log_count() -> None:
     catalogue = new_catalogue(half_life_clicks=10, uniform_ratio=1e-9)
     click(catalogue, ["a", "b", "b"], 1)
-    before = catalogue.log_count(catalogue.find(hash_ids(["a", "b"])))
+    before = catalogue.log_counts(catalogue.find(hash_ids(["a", "b"])))
     click(catalogue, ["c"] * 40, 2)
-    np.testing.assert_array_equal(catalogue.log_count(catalogue.find(hash_ids(["a", "b"]))), before)
+    np.testing.assert_array_equal(catalogue.log_counts(catalogue.find(hash_ids(["a", "b"]))), before)
 
 
 def test_log_counts_stay_exact_after_a_billion_clicks() -> None:
@@ -67,7 +67,7 @@ def test_log_counts_stay_exact_after_a_billion_clicks() -> None:
     catalogue.clicks_counted = 10**9
     click(catalogue, ["a", "b", "a", "a"], 1)
     rows = catalogue.find(hash_ids(["a", "b"]))
-    difference = catalogue.log_count(rows[:1]) - catalogue.log_count(rows[1:])
+    difference = catalogue.log_counts(rows[:1]) - catalogue.log_counts(rows[1:])
     rate = math.log(2) / 5_000
     wanted = math.log(math.exp(-3 * rate) + math.exp(-rate) + 1) + 2 * rate
     assert difference[0] == pytest.approx(wanted, abs=1e-9)

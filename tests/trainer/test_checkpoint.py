@@ -86,7 +86,14 @@ def test_a_checkpoint_is_a_copy_of_the_moment_it_was_taken(tmp_path: Path) -> No
 def test_whatever_file_is_damaged_the_checkpoint_before_is_loaded(tmp_path: Path, damage: str) -> None:
     write(tmp_path / "whole", [1, 2])
     names = sorted(path.name for path in (tmp_path / "whole" / "c000000000002").iterdir())
-    assert names == ["catalogue.arrow", "features.safetensors", "manifest.json", "model.safetensors", "progress.json"]
+    assert names == [
+        "catalogue.arrow",
+        "features.safetensors",
+        "manifest.json",
+        "model.safetensors",
+        "progress.json",
+        "scoring.safetensors",
+    ]
     for name in names:
         directory = tmp_path / name
         shutil.copytree(tmp_path / "whole", directory)

@@ -19,18 +19,24 @@ from tests.trainer.small_trainer import CONFIG, TRAINING
 from trainer.catalogue import Catalogue
 from trainer.checkpoint import Progress
 from trainer.contract import (
+    COVISIT,
     DENSE,
     QUERY_TOWER_FILE,
     collection_name,
+    covisit_query,
+    covisit_weight,
     load_manifest,
     query_vector,
     version_directory,
 )
+from trainer.covisit import Covisit
 from trainer.index import Index, IndexAwayError, Points, new_client
 from trainer.item_events import ItemChange
 from trainer.metrics import Metrics
+from trainer.model import Model
 from trainer.publish import Publisher
 from trainer.rollout import PublishSettings, Rollout
+from trainer.score import ServedScore
 from trainer.step import Learner
 from trainer.towers import ItemFeatures, load_query_tower, query_inputs
 from trainer.versions import Versions
@@ -71,17 +77,25 @@ class Publishing:
         self.client: QdrantClient = new_client(self.url, None, 10)
         stopping = threading.Event()
         self.index = self.index_class(self.client, self.alias, attempts=self.attempts, stopping=stopping)
-        self.catalogue = Catalogue(ItemFeatures(CONFIG), embedding_dim=CONFIG.embedding_dim, half_life_clicks=100)
+        self.catalogue = Catalogue(
+            ItemFeatures(CONFIG), embedding_dim=CONFIG.embedding_dim, half_life_clicks=100, further_half_lives=[10.0]
+        )
         self.learner = Learner(CONFIG, TRAINING, self.catalogue.inputs)
         rollout = Rollout(self.index, Versions(self.model_dir), self.settings, self.clock, self.clock)
-        self.publisher = Publisher(
-            rollout, self.catalogue, self.learner, self.progress, self.metrics, stopping=stopping
-        )
+        self.score = ServedScore(2)
+        self.score.weights = np.array([[1.3, 0.2], [0.7, -0.1], [0.4, 0.3], [0.9, 0.25]])
+        self.covisit = Covisit(6)
+        self.model = Model(self.catalogue, self.learner, score=self.score, covisit=self.covisit)
+        self.publisher = Publisher(rollout, self.model, self.progress, self.metrics, stopping=stopping)
 
     def click(self, *item_ids: str) -> None:
         self.progress.step += 1
         rows = self.catalogue.admit(hash_ids(item_ids), item_ids, self.progress.step)
         self.catalogue.count(rows)
+        self.covisit.extend(len(self.catalogue))
+        # As if one user had clicked them all.
+        offsets = np.cumsum([0, *range(len(rows))])
+        self.covisit.count(rows, np.concatenate([rows[:n] for n in range(len(rows))]), offsets)
         self.catalogue.embed(np.unique(rows), self.learner.embed_items)
 
     def take(self, *changes: ItemChange) -> None:
@@ -170,7 +184,7 @@ def test_the_first_version_has_every_item_with_its_vector_and_payload(new: Calla
     assert (manifest.num_items, manifest.source_offsets, manifest.settings_hash) == (3, {0: 3}, "abc")
     for item, record in points.items():
         row = int(publishing.catalogue.find(hash_ids([item]))[0])
-        wanted = np.append(publishing.catalogue.embedding[row], publishing.catalogue.log_q()[row] / 20.0)
+        wanted = np.append(publishing.catalogue.embedding[row], publishing.catalogue.log_qs()[row] / 20.0)
         np.testing.assert_allclose(vector_of(record), wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -185,12 +199,60 @@ def test_any_client_gets_the_score_from_manifest_tower_and_index(new: Callable[.
     vector = query_vector(manifest, embedding.tolist(), popularity=0.7)
     hits = publishing.client.query_points(publishing.alias, query=vector, using=DENSE, limit=7).points
     cosine = publishing.catalogue.embedding @ embedding
-    score = cosine / CONFIG.temperature + 0.7 * publishing.catalogue.log_q()
+    score = 1.3 * cosine / CONFIG.temperature + 0.7 * publishing.catalogue.log_qs() @ [0.7, 0.4]
     for hit in hits:
         assert hit.payload is not None
         row = int(publishing.catalogue.find(hash_ids([hit.payload["item_id"]]))[0])
         assert hit.score == pytest.approx(score[row], abs=1e-4)
     assert len(hits) == 7
+
+
+def test_the_whole_score_of_the_model_is_served_by_one_query(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click(*[f"i{n % 7}" for n in range(40)])
+    publishing.settle()
+    publishing.click("i3", "i5", "fresh")  # by a delta
+    publishing.settle()
+    assert publishing.live == 1
+    manifest = load_manifest(version_directory(publishing.model_dir, 1))
+    history = ["i1", "fresh", "i2"]
+    query = query_inputs(CONFIG, None, hash_ids(history), np.array([0, 3]))
+    embedding = load_query_tower(version_directory(publishing.model_dir, 1) / QUERY_TOWER_FILE, CONFIG)(query).numpy()
+    indices, values = covisit_query(manifest, hash_ids(history).tolist())
+    dense = query_vector(manifest, embedding[0].tolist(), 1.0, 3)
+    best = models.Prefetch(query=dense, using=DENSE, limit=100)
+    sparse = models.SparseVector(indices=indices, values=values)
+    logarithm = models.LnExpression(ln=models.SumExpression(sum=[1.0, "$score[1]"]))
+    hits = publishing.client.query_points(
+        publishing.alias,
+        prefetch=[
+            models.Prefetch(prefetch=best, query=dense, using=DENSE, limit=100),
+            models.Prefetch(prefetch=best, query=sparse, using=COVISIT, limit=100),
+        ],
+        query=models.FormulaQuery(
+            formula=models.SumExpression(
+                sum=["$score[0]", models.MultExpression(mult=[covisit_weight(manifest, 3), logarithm])]
+            ),
+            defaults={"$score[1]": 0.0},
+        ),
+        limit=100,
+    ).points
+    catalogue = publishing.catalogue
+    rows = catalogue.find(hash_ids(history))
+    wanted = publishing.score.combine(
+        embedding @ catalogue.embedding.T / CONFIG.temperature,
+        catalogue.log_qs().astype(np.float32),
+        publishing.covisit.scores(rows, np.array([0, 3]), len(catalogue)),
+        np.array([3]),
+    )[0]
+    assert len(hits) == 8
+    touched = [hit for hit in hits if (hit.payload or {})["step"] == 2]
+    assert len(touched) == 3
+    # Popularity is relative to the version's landmark: the same for all items.
+    row_of = {hit.id: int(catalogue.find(np.array([hit.id], np.uint64))[0]) for hit in hits}
+    offset = touched[0].score - wanted[row_of[touched[0].id]]
+    for hit in touched:
+        assert hit.score - wanted[row_of[hit.id]] == pytest.approx(offset, abs=1e-3)
 
 
 def test_a_delta_writes_the_touched_items_alone_into_the_live_collection(new: Callable[..., Publishing]) -> None:
@@ -219,12 +281,12 @@ def test_popularity_of_touched_and_untouched_items_stays_comparable(new: Callabl
         publishing.click("b", "d", "d")
         publishing.settle()
     assert publishing.live == 1
-    log_q = publishing.catalogue.log_q()
-    stored = {item: 20.0 * float(vector_of(record)[-1]) for item, record in publishing.points().items()}
+    log_q = publishing.catalogue.log_qs()
+    stored = {item: 20.0 * np.array(vector_of(record)[-2:]) for item, record in publishing.points().items()}
     for item, value in stored.items():
         row = int(publishing.catalogue.find(hash_ids([item]))[0])
         row_of_a = int(publishing.catalogue.find(hash_ids(["a"]))[0])
-        assert value - stored["a"] == pytest.approx(log_q[row] - log_q[row_of_a], abs=1e-4)
+        np.testing.assert_allclose(value - stored["a"], log_q[row] - log_q[row_of_a], atol=1e-4)
 
 
 def test_a_late_writer_changes_nothing(new: Callable[..., Publishing]) -> None:
@@ -234,7 +296,7 @@ def test_a_late_writer_changes_nothing(new: Callable[..., Publishing]) -> None:
     publishing.click("a")
     publishing.settle()
     before = publishing.points()
-    late = Points(hash_ids(["a", "b"]), np.ones((2, 9), np.float32), ["a", "b"], [b'{"late": 1}', b'{"late": 2}'])
+    late = Points(hash_ids(["a", "b"]), np.ones((2, 10), np.float32), ["a", "b"], [b'{"late": 1}', b'{"late": 2}'])
     publishing.index.upsert(1, late, step=1)
     publishing.index.delete(1, hash_ids(["a"]), step=1)
     assert publishing.points() == before
@@ -247,7 +309,7 @@ def test_a_gone_item_is_deleted_and_a_late_upsert_does_not_bring_it_back(new: Ca
     publishing.take(ItemChange("a", gone=True))
     publishing.settle()
     assert publishing.points().keys() == {"b"}
-    publishing.index.upsert(1, Points(hash_ids(["a"]), np.ones((1, 9), np.float32), ["a"], [b"{}"]), step=1)
+    publishing.index.upsert(1, Points(hash_ids(["a"]), np.ones((1, 10), np.float32), ["a"], [b"{}"]), step=1)
     assert publishing.points().keys() == {"a", "b"}
     publishing.click("a", "b")
     publishing.settle()
@@ -441,7 +503,7 @@ def test_versions_come_in_growing_intervals_and_never_crowd_the_index(new: Calla
 
 def test_a_bug_in_a_publishing_thread_reaches_the_loop(new: Callable[..., Publishing]) -> None:
     class Broken(Index):
-        def create(self, version: int, size: int, *, hnsw: bool) -> None:
+        def create(self, version: int, size: int, *, hnsw: bool, covisit: bool = False) -> None:
             raise ZeroDivisionError
 
     publishing = new(index_class=Broken)
