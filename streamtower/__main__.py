@@ -1,4 +1,4 @@
-"""The command line: `streamtower demo | evaluate | produce | query | topics`.
+"""The command line: `streamtower dead-letters | demo | evaluate | produce | query | topics`.
 
 Station: the front door. Each command reads its options, calls one module, and turns what went wrong into a line on
 stderr and an exit code. Modules that load much are imported by the command that needs them.
@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
-from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
 from streams.contract import Topics
-from streams.service import EXIT_CONFIGURATION, EXIT_DEPENDENCY, KafkaSettings
+from streamtower.connection import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Kafka,
+    Prefix,
+    connection,
+    exit_codes,
+)
+from streamtower.dead_letters_command import app as dead_letters
 from streamtower.evaluate.command import evaluate
 from streamtower.options import (
     ContextColumns,
@@ -35,10 +42,6 @@ from streamtower.options import (
     name_and_value,
 )
 
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
-
 app = typer.Typer(
     help="Learns from live clicks which items to show to whom, and keeps a vector index fresh with it.",
     no_args_is_help=True,
@@ -46,55 +49,12 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(evaluate)
-
-
-class ConnectionSettings(KafkaSettings):
-    """How the commands reach Kafka: by the variables that `streams` reads, so that one place names the broker."""
-
-    model_config = SettingsConfigDict(env_prefix="STREAMTOWER_STREAMS_", frozen=True)
-
-
-Kafka = Annotated[
-    str | None,
-    typer.Option(
-        help="Broker, HOST:PORT; else the variables STREAMTOWER_STREAMS_KAFKA… (security too).", metavar="HOST:PORT"
-    ),
-]
-Prefix = Annotated[str | None, typer.Option(help="Put before every topic's name.")]
+app.add_typer(dead_letters, name="dead-letters")
 
 
 def main() -> None:
     """Runs a command; the process ends with its exit code."""
     app(prog_name="streamtower")
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turns what a command raises into a line on stderr and an exit code."""
-    from streamtower.asking import AskError, RetrieverAwayError
-    from streamtower.datasets.clicks import DatasetError
-    from streamtower.producer import DeliveryError
-    from streamtower.topics import BrokerAwayError, TopicsError
-
-    try:
-        yield
-    except DatasetError as error:
-        fail(str(error), EXIT_USAGE)
-    except (BrokerAwayError, RetrieverAwayError, DeliveryError) as error:
-        fail(str(error), EXIT_DEPENDENCY)
-    except (TopicsError, AskError) as error:
-        fail(str(error), EXIT_FAILURE)
-    except ValidationError as error:
-        prefix = str(ConnectionSettings.model_config["env_prefix"])
-        problems = [f"{prefix}{str(p['loc'][0]).upper()}: {p['msg']}" for p in error.errors()]
-        fail("; ".join(problems), EXIT_CONFIGURATION)
-    except KeyboardInterrupt:
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def _connection(kafka: str | None, topic_prefix: str | None) -> ConnectionSettings:
-    given: dict[str, Any] = {"kafka": kafka, "topic_prefix": topic_prefix}
-    return ConnectionSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 @app.command()
@@ -109,8 +69,8 @@ def topics(
     """Make the topics that are missing; those that are there are left as they are."""
     from streamtower.topics import create_topics
 
-    with _exit_codes():
-        settings = _connection(kafka, topic_prefix)
+    with exit_codes():
+        settings = connection(kafka, topic_prefix)
         made = create_topics(
             settings.confluent_config(),
             Topics(settings.topic_prefix),
@@ -151,8 +111,8 @@ def produce(
     from streamtower.produce import produce_dataset
 
     console = Console(stderr=True)
-    with _exit_codes():
-        settings = _connection(kafka, topic_prefix)
+    with exit_codes():
+        settings = connection(kafka, topic_prefix)
         with _preparing(console) as progress:
             dataset = open_dataset(
                 file,
@@ -212,7 +172,7 @@ def query(
             body["filter"] = json.loads(filter_json)
         except ValueError as error:
             raise typer.BadParameter(f"--filter is no JSON: {error}") from None
-    with _exit_codes():
+    with exit_codes():
         answer = ask(url, "/v1/candidates", body)
     if as_json:
         print(json.dumps(answer))
@@ -276,7 +236,7 @@ def demo(
     if directory is not None and directory.exists() and any(directory.iterdir()):
         fail(f"{directory} is not empty: --dir must be new, so that no two runs mix", EXIT_USAGE)
     kinds = dict(name_and_value(pair, "--kind") for pair in kind or [])
-    with _exit_codes():
+    with exit_codes():
         with _preparing(console) as progress:
             dataset = open_dataset(
                 data,

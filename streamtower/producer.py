@@ -15,6 +15,9 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from streams.contract import ClickEvent, ItemEvent, Topics, encode_event
 
+PARTITION_UA = -1
+"""librdkafka's: the key decides."""
+
 
 class DeliveryError(RuntimeError):
     """Records that Kafka did not acknowledge in time. The message counts them by cause."""
@@ -79,15 +82,19 @@ class ClickProducer:
         Raises:
             DeliveryError: the queue has stayed full for the whole delivery timeout.
         """
-        self._send(self._topics.clicks, event.user_id, encode_event(event))
+        self._send(self._topics.clicks, event.user_id.encode(), encode_event(event))
 
     def produce_item(self, event: ItemEvent) -> None:
         """Hands one item over: it replaces what was known of it."""
-        self._send(self._topics.items, event.item_id, encode_event(event))
+        self._send(self._topics.items, event.item_id.encode(), encode_event(event))
 
     def remove_item(self, item_id: str) -> None:
         """Says that an item is gone."""
-        self._send(self._topics.items, item_id, None)
+        self._send(self._topics.items, item_id.encode(), None)
+
+    def produce_record(self, key: bytes | None, value: bytes | None, partition: int) -> None:
+        """Hands over a record of the topic of clicks as it is, for a partition of it; see `produce`."""
+        self._send(self._topics.clicks, key, value, partition)
 
     def poll(self) -> None:
         """Takes in acknowledgements that have come; does not wait."""
@@ -119,11 +126,11 @@ class ClickProducer:
         else:  # something else went wrong: give what is under way a moment, and let that error be heard
             self._producer.flush(1.0)
 
-    def _send(self, topic: str, key: str, value: bytes | None) -> None:
+    def _send(self, topic: str, key: bytes | None, value: bytes | None, partition: int = PARTITION_UA) -> None:
         deadline = 0.0
         while True:
             try:
-                self._producer.produce(topic, value, key.encode(), on_delivery=self._delivered)
+                self._producer.produce(topic, value, key, partition, on_delivery=self._delivered)
                 break
             except BufferError:
                 deadline = deadline or time.monotonic() + self._timeout_seconds

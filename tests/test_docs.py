@@ -148,6 +148,8 @@ def _problem_of_streamtower(words: list[str]) -> str | None:
     from streamtower.__main__ import app
 
     known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    if len(words) > 1 and hasattr(known.get(words[0]), "commands"):
+        known, words = known[words[0]].commands, words[1:]
     if not words or words[0] not in known:
         return f"streamtower has no command {words[:1]}"
     options = {option for parameter in known[words[0]].params for option in parameter.opts + parameter.secondary_opts}
@@ -162,7 +164,14 @@ def test_every_command_that_is_shown_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["streamtower dance", "streamtower topics --loud", "python3 run.py fly", "python -m streams.nowhere"]
+    "command",
+    [
+        "streamtower dance",
+        "streamtower dead-letters bury",
+        "streamtower topics --loud",
+        "python3 run.py fly",
+        "python -m streams.nowhere",
+    ],
 )
 def test_a_command_that_does_not_exist_is_found(command: str) -> None:
     assert problem_of(command)

@@ -16,7 +16,7 @@ import pytest
 
 from streams.contract import Topics
 
-COMMANDS = ("demo", "evaluate", "produce", "query", "topics")
+COMMANDS = ("dead-letters list", "dead-letters replay", "demo", "evaluate", "produce", "query", "topics")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,15 +32,30 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def every_command(group: Any, stem: str = "") -> dict[str, Any]:
+    found = {}
+    for name, command in group.commands.items():
+        found |= every_command(command, f"{stem}{name} ") if hasattr(command, "commands") else {stem + name: command}
+    return found
+
+
+def test_every_command_is_looked_at() -> None:
+    import typer.main
+
+    from streamtower.__main__ import app
+
+    assert sorted(every_command(typer.main.get_group(app))) == sorted(COMMANDS)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_every_command_is_explained(command: str) -> None:
     import typer.main
 
     from streamtower.__main__ import app
 
-    done = run(command, "--help")
+    done = run(*command.split(), "--help")
     assert done.returncode == 0
-    [found] = [c for name, c in typer.main.get_group(app).commands.items() if name == command]
+    [found] = [c for name, c in every_command(typer.main.get_group(app)).items() if name == command]
     assert found.help
     for parameter in found.params:
         assert getattr(parameter, "help", None), f"{command} {parameter.name} is not explained"
@@ -65,6 +80,8 @@ def test_a_short_command_loads_no_torch_and_no_faust() -> None:
         (["dance"], 2, "No such command"),
         (["topics", "--partitions", "0"], 2, "partitions"),
         (["topics", "--kafka", "127.0.0.1:1", "--timeout", "0.3"], 69, "no Kafka broker answers at 127.0.0.1:1"),
+        (["dead-letters", "list", "--kafka", "127.0.0.1:1", "--timeout", "0.3"], 69, "no Kafka broker answers"),
+        (["dead-letters", "replay", "--reason", "ugly"], 2, "bad_reward"),
         (["produce", "nowhere.csv"], 2, "there is no file nowhere.csv"),
         (["query", "anna", "--url", "http://127.0.0.1:1"], 69, "no retriever answers at http://127.0.0.1:1"),
         (["query"], 2, "name a user"),
