@@ -1,8 +1,8 @@
 """How much quality is lost when what is served is renewed less often (the question of Monolith, Liu et al. 2022).
 
-One model learns every click. Beside it stand copies that serve: each is renewed (towers, items, embeddings, popularity,
-all at once) after so many clicks, and in between answers with what it had, while users' histories go on. "never" is the
-model as it was at the middle of the stream. Recalls are over the second half.
+One model learns every click. Beside it stand copies that serve: each is renewed (all that is learnt or counted, at
+once) after so many clicks, and in between answers with what it had, while users' histories go on. "never" is the model
+as it was at the middle of the stream. Recalls are over the second half.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.document import Row, parser, report
 from benchmarks.quality import add_sets, open_sets, settings_of
-from streams.contract import Float64Array
+from streams.contract import Float64Array, MicroBatch
 from streams.settings import StreamsSettings
-from streamtower.evaluate.contest import evaluated_model
+from streamtower.evaluate.contest import Feed, evaluated_model
 from streamtower.evaluate.measures import mean_and_std, recall
 from streamtower.evaluate.replay import Stream, read_clicks, stream
 from trainer.model import Model
@@ -58,24 +58,31 @@ def main() -> None:
 def serve(clicks: Stream, settings: TrainerSettings, intervals: Sequence[int]) -> dict[str, Float64Array]:
     """Ranks of the second half's clicks, by how often what serves is renewed."""
     model = evaluated_model(settings)
+    feed = Feed(model, {})
     copies: dict[str, Model] = {}
     renewed_at: dict[str, int] = {}
     ranks: dict[str, list[Float64Array]] = {}
     middle, done = clicks.num_clicks // 2, 0
-    for step, batch in enumerate(clicks.batches, 1):
+    for batch in clicks.batches:
+        if done >= middle:
+            _test(model, batch, ranks, EVERY)
         for interval in (*intervals, None):
             name = NEVER if interval is None else f"every_{interval}_clicks"
             due = name not in copies or (interval is not None and done - renewed_at[name] >= interval)
             if done >= middle and due:
                 copies[name], renewed_at[name] = copy.deepcopy(model), done
             if name in copies:
-                tested = copies[name].test(batch)
-                ranks.setdefault(name, []).append(np.full(len(batch), np.inf) if tested is None else tested.rank)
-        learnt = model.learn(batch, step).ranks
-        if done >= middle:
-            ranks.setdefault(EVERY, []).append(np.full(len(batch), np.inf) if learnt is None else learnt.rank)
+                _test(copies[name], batch, ranks, name)
+        model.evaluation, evaluation = None, model.evaluation  # learning does not depend on it, and is faster without
+        feed.learn(batch)
+        model.evaluation = evaluation
         done += len(batch)
-    return {name: np.concatenate(ranks[name]) for name in (EVERY, *(name for name in ranks if name != EVERY))}
+    return {name: np.concatenate(ranks[name]) for name in ranks}
+
+
+def _test(model: Model, batch: MicroBatch, ranks: dict[str, list[Float64Array]], name: str) -> None:
+    tested = model.test(batch)
+    ranks.setdefault(name, []).append(np.full(len(batch), np.inf) if tested is None else tested.rank)
 
 
 if __name__ == "__main__":

@@ -35,14 +35,26 @@ VARIANTS: dict[str, dict[str, object]] = {
     "default": {},
     FEATURES: {},
     "paper": {"preset": "paper"},
+    "no_covisit": {"covisit": False},
+    "one_half_life": {"further_half_lives_clicks": ()},
+    "fixed_weights": {"adapt_weights": False},
+    "counts_renewed_every_256": {"refresh_clicks": 256},
+    "no_popularity": {"popularity_weight": 0.0, "adapt_weights": False},
     "mlp_towers": {"hidden": (128,)},
     "mean_history": {"history_decay": 1.0},
     "with_user_id": {"use_user_id": True},
     "no_history_mask": {"mask_history": False},
     "no_recent_negatives": {"recent_negatives": 0},
     "one_step_a_micro_batch": {"rows_per_step": 256},
-    "corrected_loss": {"correction": "logq", "popularity_weight": 0.0},
-    "no_popularity": {"popularity_weight": 0.0},
+    "corrected_loss": {"correction": "logq"},
+    "towers_alone": {"covisit": False, "further_half_lives_clicks": (), "adapt_weights": False},
+    "towers_corrected_no_popularity": {
+        "correction": "logq",
+        "popularity_weight": 0.0,
+        "covisit": False,
+        "further_half_lives_clicks": (),
+        "adapt_weights": False,
+    },
 }
 """Name → settings of the trainer that differ from the default."""
 

@@ -1,4 +1,4 @@
-"""The contest: the model and the baselines over one stream, each block foreseen before it is learnt.
+"""The contest: the model and the baselines over one stream, each click foreseen before it is learnt.
 
 Station: between the replay and the measures. The model is the trainer's own, made from the trainer's settings; what is
 known of an item (features) it is told after the micro-batch of the item's first click, so that, as in the baselines,
@@ -8,30 +8,42 @@ only items that were clicked before are candidates.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from streams.contract import Int64Array, UInt64Array, encode_event, hash_id
+from streams.contract import Int64Array, MicroBatch, UInt64Array, encode_event, hash_id
 from streamtower.datasets.clicks import Dataset
 from streamtower.evaluate.ranking import NUM_BEST, Seen
-from streamtower.evaluate.replay import Block, Stream
+from streamtower.evaluate.replay import Stream
 from trainer.evaluate import Ranks
 from trainer.item_events import ItemChange, decode_item_change
 from trainer.model import Model, new_model
 from trainer.settings import TrainerSettings
 
+VERSION_MICRO_BATCHES = 20
+"""All items get new embeddings after so many micro-batches, as with a new version of the index; in between, those that
+are clicked."""
 ALL_ROWS = 100_000
 """Clicks of a micro-batch that are tested: the largest that the setting takes."""
 
 
-class Contestant(Protocol):
-    """Who foresees a block and then learns it."""
+class Clicks(Protocol):
+    """A block, or a micro-batch."""
 
-    def observe(self, block: Block) -> Seen:
-        """What was foreseen of the block with the state from before it; the block is learnt then."""
+    def __len__(self) -> int: ...
+
+
+ClicksT = TypeVar("ClicksT", bound=Clicks, contravariant=True)
+
+
+class Contestant(Protocol[ClicksT]):
+    """Who foresees clicks and then learns them: the model micro-batches, baselines blocks."""
+
+    def observe(self, clicks: ClicksT, /) -> Seen:
+        """What was foreseen of the clicks with the state from before them; they are learnt then."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +56,14 @@ class Run:
     """Processor time."""
 
 
-def run(contestant: Contestant, stream: Stream, progress: Callable[[int], object] = lambda clicks: None) -> Run:
-    """Shows a contestant the stream; `progress` is told how many clicks of each block are done."""
+def run(
+    contestant: Contestant[ClicksT], stream: Sequence[ClicksT], progress: Callable[[int], object] = lambda clicks: None
+) -> Run:
+    """Shows a contestant the stream, piece by piece; `progress` is told how many clicks of each are done."""
     started, parts = time.process_time(), []
-    for block in stream.blocks:
-        parts.append(contestant.observe(block))
-        progress(len(block))
+    for clicks in stream:
+        parts.append(contestant.observe(clicks))
+        progress(len(clicks))
     seen = Seen(np.concatenate([part.rank for part in parts]), np.concatenate([part.best for part in parts]))
     return Run(seen, time.process_time() - started)
 
@@ -73,41 +87,51 @@ def evaluated_model(settings: TrainerSettings) -> Model:
     return model
 
 
-class FeatureTeller:
-    """Tells a model of the items' features once they are clicked."""
+class Feed:
+    """Feeds a model micro-batches and what is known of their items, as the trainer does, loop and publishing.
 
-    def __init__(self, items: Mapping[int, ItemChange]) -> None:
-        self._left = dict(items)
+    Args:
+        model: that has learnt nothing.
+        items: what is known of items, by hash.
+    """
 
-    def tell(self, model: Model, item_hash: UInt64Array, step: int) -> None:
-        """What is known of these items and was not told yet."""
-        changes = [self._left.pop(key) for key in dict.fromkeys(item_hash.tolist()) if key in self._left]
+    def __init__(self, model: Model, items: Mapping[int, ItemChange]) -> None:
+        self.model = model
+        self._items_left = dict(items)
+        self._num_batches = 0
+
+    def learn(self, batch: MicroBatch) -> Ranks | None:
+        """Has the model learn the micro-batch, and gives back what it foresaw of it."""
+        step = 2 * self._num_batches
+        ranks = self.model.learn(batch, step + 1).ranks
+        clicked = dict.fromkeys(batch.item_hash.tolist())
+        changes = [self._items_left.pop(key) for key in clicked if key in self._items_left]
         if changes:
-            model.take(changes, step)
+            self.model.take(changes, step + 2)
+        if self._num_batches % VERSION_MICRO_BATCHES == 0:
+            self.model.embed_all()
+        self._num_batches += 1
+        return ranks
 
 
 class TowersContestant:
     """The trainer's model, fed as the trainer's loop feeds it.
 
     Args:
-        stream: whose blocks will come.
+        stream: whose micro-batches will come.
         settings: of the trainer.
         items: what is known of items, by hash.
     """
 
     def __init__(self, stream: Stream, settings: TrainerSettings, items: Mapping[int, ItemChange]) -> None:
         self.model = evaluated_model(settings)
+        self._feed = Feed(self.model, items)
         self._codes = Codes(stream.item_hash)
-        self._teller = FeatureTeller(items)
-        self._step = 0
 
-    def observe(self, block: Block) -> Seen:
-        """What the model foresaw of the block, which it then learns."""
-        self._step += 2
-        learnt = self.model.learn(block.batch, self._step)
-        item_hash = self.model.catalogue.item_hash.copy()  # candidates may have been clicked first in this block
-        self._teller.tell(self.model, block.batch.item_hash, self._step + 1)
-        return self._codes.seen(learnt.ranks, item_hash, len(block))
+    def observe(self, batch: MicroBatch) -> Seen:
+        """What the model foresaw of the micro-batch, which it has learnt then."""
+        ranks = self._feed.learn(batch)
+        return self._codes.seen(ranks, self.model.catalogue.item_hash, len(batch))
 
 
 class Codes:
@@ -119,7 +143,7 @@ class Codes:
         self._sorted = item_hash[self._order]
 
     def seen(self, ranks: Ranks | None, item_hash: UInt64Array, num_clicks: int) -> Seen:
-        """What a model foresaw when its catalogue's rows had these hashes; None: nothing."""
+        """What a model foresaw whose catalogue's rows have these hashes; None: nothing."""
         if ranks is None:
             return Seen.nothing(num_clicks)
         best: Int64Array = np.full((num_clicks, NUM_BEST), -1, np.int64)

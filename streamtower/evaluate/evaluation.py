@@ -28,9 +28,19 @@ from streamtower.evaluate.measures import (
     over_time,
     second_half,
 )
-from streamtower.evaluate.replay import Stream, has_ties, read_clicks, stream, with_strict_histories
+from streamtower.evaluate.replay import (
+    REFRESH_CLICKS,
+    Block,
+    Stream,
+    has_ties,
+    read_clicks,
+    stream,
+    with_strict_histories,
+)
+from trainer.item_events import ItemChange
 from trainer.settings import TrainerSettings
 
+Items = Mapping[int, ItemChange]
 BASELINES = ("popularity", "item_knn", "item_knn_plain", "als")
 HALF_LIVES = (200.0, 1_000.0, 5_000.0, 25_000.0, math.inf)
 """Of live popularity, in clicks; the best of them, in hindsight, is the baseline."""
@@ -130,31 +140,32 @@ def evaluate_contest(
     for seed in seeds:
         dataset = open_seed(seed)
         cuts, rejected = read_clicks(dataset, streams)
-        clicks = stream(cuts, streams.state_config())
+        refresh_clicks = next((settings.refresh_clicks for settings in models.values()), REFRESH_CLICKS)
+        clicks = stream(cuts, streams.state_config(), refresh_clicks)
         items = item_changes(dataset)
         result.num_clicks, result.num_items = clicks.num_clicks, len(clicks.item_hash)
         result.num_users = len(np.unique(np.concatenate([batch.user_hash for batch in clicks.batches])))
         result.rejected, result.has_ties = dict(rejected), has_ties(clicks)
         result.drift = [float(part[-1]) for part in np.array_split(clicks.drift, min(NUM_PARTS, len(clicks.drift)))]
 
-        def shown(name: str, contestant: Contestant, over: Stream = clicks) -> Run:
-            return run(contestant, over, begin(name, over.num_clicks))
+        def show_model(name: str, settings: TrainerSettings, over: Stream, items: Items = items) -> None:
+            model = TowersContestant(over, settings, items)
+            _contest(result, name).add(over, run(model, over.batches, begin(name, over.num_clicks)))
 
         for name, settings in models.items():
             seeded = settings.model_copy(update={"seed": seed})
             own = clicks
             if settings.preset == "paper":
-                own = stream(cuts, streams.model_copy(update=PAPER_ESTIMATOR).state_config())
-            _contest(result, name).add(own, shown(name, TowersContestant(own, seeded, items), own))
+                own = stream(cuts, streams.model_copy(update=PAPER_ESTIMATOR).state_config(), refresh_clicks)
+            show_model(name, seeded, own)
             if name in strict and result.has_ties:
-                earlier = with_strict_histories(own, streams.history_length)
-                contestant = TowersContestant(earlier, seeded, items)
-                _contest(result, name + STRICT).add(earlier, shown(name + STRICT, contestant, earlier))
+                show_model(name + STRICT, seeded, with_strict_histories(own, streams.history_length))
         for name in baselines:
+            told = begin(name, clicks.num_clicks)
             if name == "popularity":
-                _popularity(result, clicks, shown)
+                _contest(result, name).note = _popularity(_contest(result, name), clicks, told)
             else:
-                _contest(result, name).add(clicks, shown(name, _baseline(name, clicks, seed)))
+                _contest(result, name).add(clicks, run(_baseline(name, clicks, seed), clicks.blocks, told))
     return result
 
 
@@ -162,7 +173,7 @@ def _contest(result: Evaluation, name: str) -> Contest:
     return result.contests.setdefault(name, Contest())
 
 
-def _baseline(name: str, clicks: Stream, seed: int) -> Contestant:
+def _baseline(name: str, clicks: Stream, seed: int) -> Contestant[Block]:
     if name == "item_knn":
         return ItemKNN(clicks)
     if name == "item_knn_plain":
@@ -170,14 +181,14 @@ def _baseline(name: str, clicks: Stream, seed: int) -> Contestant:
     return ALS(clicks, seed=seed)
 
 
-def _popularity(result: Evaluation, clicks: Stream, shown: Callable[[str, Contestant], Run]) -> None:
-    """Adds the half-life that is best, in hindsight, over the clicks that are evaluated."""
+def _popularity(contest: Contest, clicks: Stream, told: Callable[[int], object]) -> str:
+    """Adds the half-life that is best, in hindsight, over the clicks that are evaluated, and says which."""
     evaluated = second_half(clicks.num_clicks)
-    runs = [(f"{half_life:g}", shown("popularity", Popularity(clicks, half_life))) for half_life in HALF_LIVES]
+    runs = [(f"{half_life:g}", run(Popularity(clicks, half_life), clicks.blocks)) for half_life in HALF_LIVES]
     half_life, best = best_of(runs, lambda run: measures(clicks, run.seen, evaluated).recall_at_10)
-    contest = _contest(result, "popularity")
     contest.add(clicks, best)
-    contest.note = f"half-life {half_life} clicks"
+    told(clicks.num_clicks)
+    return f"half-life {half_life} clicks"
 
 
 def trainer_settings(dataset: Dataset, **values: object) -> TrainerSettings:

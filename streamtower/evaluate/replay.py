@@ -28,13 +28,16 @@ from streamtower.datasets.clicks import Dataset, DatasetError
 
 BoolArray = npt.NDArray[np.bool_]
 PARTITION = 0
+REFRESH_CLICKS = 64
 
 
 @dataclass(frozen=True)
 class Block:
-    """A micro-batch and its items as codes 0, 1, … in the order of their first click in the stream."""
+    """Clicks of a micro-batch that are foreseen from one state, and their items as codes 0, 1, … in the order of their
+    first click in the stream."""
 
     batch: MicroBatch
+    """These clicks alone."""
     target: Int64Array
     """[B] the clicked items."""
     history_values: Int64Array
@@ -66,6 +69,8 @@ class Stream:
     batches: Sequence[MicroBatch]
     drift: Float64Array
     """[number of batches] `FrequencyDrift.corrected` after each."""
+    refresh_clicks: int = REFRESH_CLICKS
+    """Clicks of a block, at most: the trainer renews its counts so often within a micro-batch, and so do baselines."""
 
     @cached_property
     def item_hash(self) -> UInt64Array:
@@ -88,14 +93,17 @@ class Stream:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The micro-batches with their codes."""
+        """The clicks with their codes, each micro-batch cut into blocks as the trainer's model goes through it."""
         code_of = {key: code for code, key in enumerate(self.item_hash.tolist())}
         blocks, start, known = [], 0, 0
         for batch in self.batches:
-            target = self.target[start : start + len(batch)]
             history = np.fromiter(map(code_of.__getitem__, batch.history_values.tolist()), np.int64)
-            blocks.append(Block(batch, target, history, known))
-            known = max(known, int(target.max()) + 1)
+            for low in range(0, len(batch), self.refresh_clicks):
+                high = min(low + self.refresh_clicks, len(batch))
+                target = self.target[start + low : start + high]
+                ends = batch.history_offsets[[low, high]]
+                blocks.append(Block(batch.rows(low, high), target, history[ends[0] : ends[1]], known))
+                known = max(known, int(target.max()) + 1)
             start += len(batch)
         return blocks
 
@@ -142,8 +150,8 @@ def read_clicks(dataset: Dataset, settings: StreamsSettings) -> tuple[list[Cut],
     return cuts, rejected
 
 
-def stream(cuts: Iterable[Cut], config: StateConfig) -> Stream:
-    """Runs cuts through the state of a new partition."""
+def stream(cuts: Iterable[Cut], config: StateConfig, refresh_clicks: int = REFRESH_CLICKS) -> Stream:
+    """Runs cuts through the state of a new partition; `refresh_clicks` is the trainer's setting."""
     state = PartitionState(config)
     batches, drift = [], []
     for cut in cuts:
@@ -151,7 +159,7 @@ def stream(cuts: Iterable[Cut], config: StateConfig) -> Stream:
         if len(cut.clicks):
             batches.append(micro_batch(PARTITION, cut, learnt))
             drift.append(frequency_drift([state.drift]).corrected)
-    return Stream(batches, np.array(drift))
+    return Stream(batches, np.array(drift), refresh_clicks)
 
 
 def has_ties(stream: Stream) -> bool:
@@ -175,7 +183,7 @@ def with_strict_histories(stream: Stream, length: int) -> Stream:
         here = offsets[start : start + len(batch) + 1]
         batches.append(replace(batch, history_values=values[here[0] : here[-1]], history_offsets=here - here[0]))
         start += len(batch)
-    return Stream(batches, stream.drift)
+    return replace(stream, batches=batches)
 
 
 def histories_before(

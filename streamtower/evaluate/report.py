@@ -31,12 +31,12 @@ SHORT = ("recall_at_10", "recall_at_100", "ndcg_at_10", "cold_recall_at_100")
 """What fits a terminal."""
 LEGEND = f"""\
 - **R@K**: share of the clicks of the second half whose item was among the K best candidates, ranked before the click
-  was learnt. Candidates are all items clicked before the click's micro-batch, except those of the user's history; equal
+  was learnt. Candidates are all items clicked before the click's block, except those of the user's history; equal
   scores count by their expected rank.
 - **ceiling**: share of those clicks whose item was a candidate: no ranking can hit more.
 - **coverage**, **long tail**: share of all items that were among the 10 best of any click; share of items outside the
   most clicked fifth among the 10 best.
-- **cold**: clicks on items with fewer than 5 clicks before the micro-batch, never-seen items (always a miss) included.
+- **cold**: clicks on items with fewer than 5 clicks before the block, never-seen items (always a miss) included.
 - Names that end in `_strict`: histories hold clicks of earlier moments only.
 - The plot shows means over {NUM_PARTS} stretches of the stream, first half included.
 """

@@ -18,7 +18,7 @@ import numpy as np
 from streams.contract import Float64Array, Int64Array, MicroBatch
 from streams.settings import StreamsSettings
 from streamtower.datasets.clicks import Dataset, DatasetError
-from streamtower.evaluate.contest import FeatureTeller, evaluated_model
+from streamtower.evaluate.contest import Feed, evaluated_model
 from streamtower.evaluate.measures import mean_and_std, recall
 from streamtower.evaluate.replay import BoolArray, hold_out, read_clicks
 from trainer.item_events import ItemChange
@@ -92,7 +92,8 @@ def evaluate_by_day(
         raise DatasetError(
             f"{dataset.name} has no clicks after day {first_day} to hold out; its last day is {int(day.max())}"
         )
-    model, teller = evaluated_model(trainer), FeatureTeller(items)
+    model = evaluated_model(trainer)
+    feed = Feed(model, items)
     frozen: Model | None = None
     ranks: dict[str, list[Float64Array]] = {"live": [], "frozen": []}
     begins = np.cumsum([0, *(len(cut.clicks) for cut in cuts)])
@@ -104,8 +105,7 @@ def evaluate_by_day(
             ranks["live"].append(_ranks(model, test))
             ranks["frozen"].append(_ranks(frozen, test))
         if train is not None:
-            model.learn(train, 2 * number + 2)
-            teller.tell(model, train.item_hash, 2 * number + 3)
+            feed.learn(train)
         progress(int(begins[number + 1] - begins[number]))
     tested = day[is_held_out]
     return Sequential(

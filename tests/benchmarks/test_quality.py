@@ -77,8 +77,9 @@ def test_every_variant_differs_from_the_default(data: Path, variant: str) -> Non
 
 def test_what_serves_is_as_good_as_it_is_fresh() -> None:
     clicks = random_stream(800)
-    ranks = serve(clicks, TRAINER, [1, 100])
-    second_half = run(TowersContestant(clicks, TRAINER, {}), clicks).seen.rank[400:]
+    ranks = serve(clicks, TRAINER.model_copy(update={"refresh_clicks": 16}), [1, 100])
+    settings = TRAINER.model_copy(update={"refresh_clicks": 16})  # so that the contest renews by micro-batch, too
+    second_half = run(TowersContestant(clicks, settings, {}), clicks.batches).seen.rank[400:]
     assert ranks[EVERY].tolist() == ranks["every_1_clicks"].tolist() == second_half.tolist()
     # Until the first renewal after the middle, all copies are the model as it was there.
     first = slice(0, 96)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from streams.contract import ClickEvent, ItemEvent
-from streamtower.datasets.clicks import Clicks, Dataset, DatasetError
+from streamtower.datasets.clicks import Clicks, Dataset, DatasetError, time_order
 from streamtower.datasets.completejourney import completejourney_dataset
 from streamtower.datasets.files import Columns, file_dataset
 from streamtower.datasets.sources import open_dataset
@@ -142,6 +142,13 @@ def test_no_file_and_no_data_set_of_that_name() -> None:
 def test_options_for_files_are_refused_with_a_known_data_set() -> None:
     with pytest.raises(DatasetError, match="synthetic brings its items"):
         open_dataset("synthetic", columns=Columns(user="x"))
+
+
+def test_users_of_one_moment_stay_in_the_files_order() -> None:
+    user_id = pa.array(["b", "a", "c", "a", "b", "c"])
+    order = time_order(user_id, np.array([2.0, 2.0, 1.0, 2.0, 2.0, 2.0]), np.random.default_rng(0))
+    assert [user_id[int(row)].as_py() for row in order] == ["c", "b", "b", "a", "a", "c"]
+    assert sorted(order[1:3].tolist()) == [0, 4]
 
 
 def test_clicks_of_one_user_at_one_moment_are_shuffled_by_the_seed(tmp_path: Path) -> None:

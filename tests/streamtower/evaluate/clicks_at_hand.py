@@ -19,6 +19,7 @@ STREAMS = StreamsSettings(batch_size=16, num_buckets=1024, num_hashes=2, history
 TRAINER = TrainerSettings(
     embedding_dim=8, row_dim=8, item_rows=512, user_rows=64, feature_rows=64, history_length=5, rows_per_step=8,
     recent_negatives=8, recent_window=100, max_items=1000,
+    refresh_clicks=8,
 )  # fmt: skip
 
 
@@ -51,4 +52,4 @@ def random_dataset(
 def random_stream(num_clicks: int, **options: int) -> Stream:
     """The same as micro-batches."""
     cuts, _ = read_clicks(random_dataset(num_clicks, **options), STREAMS)
-    return stream(cuts, STATE)
+    return stream(cuts, STATE, TRAINER.refresh_clicks)

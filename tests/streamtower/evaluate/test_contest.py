@@ -21,11 +21,11 @@ from tests.streamtower.evaluate.clicks_at_hand import (
 
 def test_the_model_is_tested_on_every_click_before_it_learns_it() -> None:
     clicks = random_stream(200)
-    seen = run(TowersContestant(clicks, TRAINER, {}), clicks).seen
+    seen = run(TowersContestant(clicks, TRAINER, {}), clicks.batches).seen
     model = evaluated_model(TRAINER)
-    for number, block in enumerate(clicks.blocks):
-        rows = slice(16 * number, 16 * number + len(block))
-        ranks = model.learn(block.batch, number + 1).ranks
+    for number, batch in enumerate(clicks.batches):
+        rows = slice(16 * number, 16 * number + len(batch))
+        ranks = model.learn(batch, number + 1).ranks
         if ranks is None:
             assert np.isinf(seen.rank[rows]).all()
         else:
@@ -36,11 +36,12 @@ def test_the_model_is_tested_on_every_click_before_it_learns_it() -> None:
 def test_best_items_are_candidates_in_the_streams_codes() -> None:
     clicks = random_stream(200)
     contestant = TowersContestant(clicks, TRAINER, {})
-    hits = 0
+    seen = run(contestant, clicks.batches).seen
+    hits = start = 0
     for block in clicks.blocks:
-        seen = contestant.observe(block)
         for row in range(len(block)):
-            best = seen.best[row][seen.best[row] >= 0].tolist()
+            best, rank = seen.best[start + row], seen.rank[start + row]
+            best = best[best >= 0].tolist()
             low, high = block.history_offsets[row : row + 2]
             assert (
                 len(best)
@@ -51,8 +52,9 @@ def test_best_items_are_candidates_in_the_streams_codes() -> None:
             )
             assert not set(best) & set(block.history_values[low:high].tolist())
             assert all(item < block.num_known for item in best)
-            assert (block.target[row] in best) == (seen.rank[row] <= NUM_BEST)
+            assert (block.target[row] in best) == (rank <= NUM_BEST)
             hits += block.target[row] in best
+        start += len(block)
     assert hits
 
 
@@ -65,8 +67,8 @@ def test_an_items_features_are_told_after_its_first_click() -> None:
     assert [feature.name for feature in evaluated_model(settings).learner.config.item] == ["brand"]
     clicks = stream(read_clicks(data, STREAMS)[0], STATE)
     contestant = TowersContestant(clicks, settings, item_changes(data))
-    for block in clicks.blocks:
-        contestant.observe(block)
+    for batch in clicks.batches:
+        contestant.observe(batch)
         catalogue = contestant.model.catalogue
         assert sorted(catalogue.item_hash.tolist()) == sorted(clicks.item_hash[: len(catalogue)].tolist())
         bags = catalogue.inputs_of_rows(np.arange(len(catalogue))).features

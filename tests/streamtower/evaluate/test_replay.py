@@ -65,6 +65,20 @@ def test_items_are_numbered_by_their_first_click_and_known_from_the_next_block_o
     assert clicks.earlier_clicks.tolist() == [*[0] * 17, 1]
 
 
+def test_blocks_are_cut_where_the_model_renews_its_counts() -> None:
+    clicks = stream(read_clicks(random_dataset(40), STREAMS)[0], STATE, refresh_clicks=6)
+    assert [(block.batch.first_offset, len(block)) for block in clicks.blocks] == [
+        (0, 6), (6, 6), (12, 4), (16, 6), (22, 6), (28, 4), (32, 6), (38, 2),
+    ]  # fmt: skip
+    whole = stream(read_clicks(random_dataset(40), STREAMS)[0], STATE)
+    for name in ("target", "history_values"):
+        joined = [np.concatenate([getattr(block, name) for block in cut.blocks]).tolist() for cut in (clicks, whole)]
+        assert joined[0] == joined[1]
+    assert [block.num_known for block in clicks.blocks] == [
+        len(set(clicks.target[: block.batch.first_offset].tolist())) for block in clicks.blocks
+    ]
+
+
 small_streams = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 1)), max_size=40)
 
 
