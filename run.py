@@ -33,6 +33,8 @@ OLDEST_PYTHON = (3, 11)
 TORCH = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 EXTRAS = {"demo": "embedded", "test": "embedded,dev,evaluate"}
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+"""Most tests wait for servers. File by file, because the tests of a file share what they start."""
 IS_WINDOWS = os.name == "nt"
 
 
@@ -292,7 +294,7 @@ def run_tests(python: Path, pytest_arguments: list[str]) -> int:
         "format": [str(programs / "ruff"), "format", "--check", "."],
         "types": [str(programs / "mypy")],
         "imports": [str(programs / "lint-imports")],
-        "tests": [str(python), "-m", "pytest", *pytest_arguments],
+        "tests": [str(python), "-m", "pytest", *TWO_AT_A_TIME, *pytest_arguments],
     }
     outcomes = []
     for name, command in stages.items():

@@ -167,7 +167,7 @@ def test_all_stages_run_and_one_failure_is_a_failure(
         "ran ruff format --check .",
         "ran mypy",
         "ran lint-imports",
-        "ran python -m pytest -k x",
+        f"ran python -m pytest {' '.join(run.TWO_AT_A_TIME)} -k x",
     ]
     assert "types    FAILED (exit code 3)" in err
     assert "tests    ok" in err
