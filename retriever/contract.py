@@ -6,6 +6,7 @@ Qdrant's own JSON.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated, Literal
 
@@ -55,6 +56,15 @@ def _flat(value: object) -> object:
     return value
 
 
+def _plain(value: object) -> object:
+    """Qdrant's model takes NaN and halves of surrogate pairs, but no JSON that is sent to Qdrant can hold them."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("must be plain JSON: finite numbers, valid Unicode text") from None
+    return value
+
+
 Id = Annotated[str, AfterValidator(_bounded), BeforeValidator(_whole_number_as_text, json_schema_input_type=str | int)]
 """The caller's id of a user or item; whole numbers are taken as their text, as in clicks."""
 ContextValue = Annotated[
@@ -79,7 +89,7 @@ class CandidatesRequest(Model):
     """Features of the moment (device, hour, the item being watched …), flat. Those that the model lacks do nothing."""
     k: int = Field(10, ge=1, le=MAX_K)
     """How many candidates."""
-    filter: models.Filter | None = None
+    filter: Annotated[models.Filter | None, BeforeValidator(_plain)] = None
     """Qdrant's filter on the items' payload."""
     exclude_seen: bool = True
     """Whether the items of the history are left out."""

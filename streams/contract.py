@@ -239,9 +239,14 @@ class MicroBatch:
                 batch = reader.read_next_batch()
             batch.validate(full=True)
             header = json.loads((batch.schema.metadata or {})[b"streamtower.micro_batch"])
-            bounds = {name: int(header[name]) for name in ("partition", "first_offset", "next_offset")}
-        except (pa.ArrowException, OSError, StopIteration, KeyError, TypeError, ValueError, OverflowError) as error:
+            bounds = {name: header[name] for name in ("partition", "first_offset", "next_offset")}
+            names = batch.schema.names
+        except (pa.ArrowException, OSError, StopIteration, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ContractError(f"not a micro-batch: {error}") from error
+        if not all(type(bound) is int and bound < 2**63 for bound in bounds.values()):
+            raise ContractError(f"micro-batch header must have partition and offsets as integers, not {bounds}")
+        if len(set(names)) < len(names):
+            raise ContractError("micro-batch has two columns of one name")
         for wanted in _REQUIRED:
             index = batch.schema.get_field_index(wanted.name)
             if index < 0:
@@ -251,6 +256,8 @@ class MicroBatch:
             if batch.column(index).null_count:
                 raise ContractError(f"micro-batch column {wanted.name!r} has nulls")
         history = batch.column("history")
+        if history.values.null_count:
+            raise ContractError("micro-batch column 'history' has nulls inside")
         history_offsets = history.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
 
         def column(name: str) -> npt.NDArray[Any]:
@@ -273,7 +280,7 @@ class MicroBatch:
             sampling_probability=column("sampling_probability"),
             context={
                 name.removeprefix(_CONTEXT): batch.column(name)
-                for name in batch.schema.names
+                for name in names
                 if name.startswith(_CONTEXT) and batch.schema.field(name).type in (pa.string(), pa.float64())
             },
         )
@@ -296,3 +303,6 @@ class MicroBatch:
                 raise ContractError(f"micro-batch column {name!r} must be finite and within {low:g} … {high:g}")
         if not (np.all(np.isfinite(self.event_time)) and np.all(np.isfinite(self.ingest_time))):
             raise ContractError("micro-batch times must be finite")
+        for name, ids, hashes in (("user", self.user_id, self.user_hash), ("item", self.item_id, self.item_hash)):
+            if not np.array_equal(hash_ids(ids.to_pylist()), hashes):
+                raise ContractError(f"micro-batch column '{name}_hash' is not the hash of '{name}_id'")

@@ -13,7 +13,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import structlog
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 EXIT_DEPENDENCY = 69
 """A broker, index or other service did not answer within the deadline (EX_UNAVAILABLE)."""
@@ -24,6 +25,7 @@ EXIT_CONFIGURATION = 78
 
 SERVICES = ("STREAMS", "TRAINER", "RETRIEVER")
 _OTHER_VARIABLES = ("STREAMTOWER_TEST_", "STREAMTOWER_KAFKA_HOME", "STREAMTOWER_DATA")
+_OF_JSON = ("tuple_type", "list_type", "dict_type")
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
@@ -36,10 +38,27 @@ class ConfigurationError(Exception):
         self.problems = problems
 
 
+class _Environment(EnvSettingsSource):
+    """Leaves a value that should be JSON and is not as it stands: it is refused along with all other problems."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except (ValueError, RecursionError):
+            return value
+
+
 class KafkaSettings(BaseSettings):
     """How a service reaches Kafka; the base of the settings of each service that does."""
 
-    model_config = SettingsConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given in code, then the environment; no files."""
+        return init_settings, _Environment(settings_cls)
 
     kafka: str = Field("127.0.0.1:9092", min_length=1)
     """Bootstrap servers, HOST:PORT[,HOST:PORT …]."""
@@ -87,16 +106,30 @@ def load_settings(
         for name in sorted(environment)
         if name.startswith("STREAMTOWER_") and name not in known and not name.startswith(others + _OTHER_VARIABLES)
     ]
+    problems += [
+        f"{name}: not UTF-8" for name in sorted(known & environment.keys()) if not _is_unicode(environment[name])
+    ]
     try:
         settings = settings_class(**values)  # type: ignore[arg-type]
     except ValidationError as error:
         for problem in error.errors(include_input=False, include_url=False):
             name = "_".join(str(part) for part in problem["loc"]) or "settings"
-            problems.append(f"{prefix}{name.upper()}: {problem['msg']}")
+            json_hint = ", as JSON" if problem["type"] in _OF_JSON else ""
+            problems.append(f"{prefix}{name.upper()}: {problem['msg']}{json_hint}")
         raise ConfigurationError(problems) from None
+    except RecursionError:
+        raise ConfigurationError([*problems, f"{prefix}*: a value is nested too deep to be read"]) from None
     if problems:
         raise ConfigurationError(problems)
     return settings
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def refuse_to_start(service: str, error: ConfigurationError) -> NoReturn:

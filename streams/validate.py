@@ -39,6 +39,7 @@ MAX_EVENT_TIME = 253_402_300_800.0
 """Event times are below this, the year 10000: what RFC 3339 can say. Milliseconds taken for seconds are above it."""
 MAX_REWARD = 1e6
 """Largest reward. It is a weight in the loss, which must stay finite in 32 bits."""
+_ABOVE_MAX_REWARD = math.nextafter(MAX_REWARD, math.inf)
 
 
 class Reason(StrEnum):
@@ -301,7 +302,7 @@ def _undecodable_reason(value: bytes) -> Reason:
     if not _is_time(event_time):
         return Reason.BAD_TIME
     reward, context = click.get("reward"), click.get("context")
-    if reward is not None and not _is_number(reward, 0, np.nextafter(MAX_REWARD, math.inf)):
+    if reward is not None and not _is_number(reward, 0, _ABOVE_MAX_REWARD):
         return Reason.BAD_REWARD
     if context is not None:
         if not isinstance(context, dict) or not all(
@@ -343,6 +344,6 @@ def _is_time(value: object) -> bool:
     if isinstance(value, str):
         try:
             value = msgspec.convert(value, _Moment).timestamp()
-        except msgspec.ValidationError:
+        except (msgspec.ValidationError, UnicodeEncodeError):
             return False
     return _is_number(value, 0, MAX_EVENT_TIME)

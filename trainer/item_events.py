@@ -49,6 +49,7 @@ def decode_item_change(key: bytes | None, value: bytes | None) -> ItemChange:
             if key is None:
                 raise ContractError("a tombstone needs the item id as its key")
             return ItemChange(_checked_id(key.decode()), gone=True)
+        value.decode()  # msgspec skips what it does not read, whatever bytes that has
         record = _item_decoder.decode(value)
         payload = bytes(record.payload)
         if len(payload) > MAX_PAYLOAD_BYTES:

@@ -160,7 +160,7 @@ def lose_a_row(remains: Remains) -> None:
 
 def swap_two_users(remains: Remains) -> None:
     batch = remains.batches[0]
-    remains.batches[0] = replace(batch, user_id=batch.user_id[::-1])
+    remains.batches[0] = replace(batch, user_id=batch.user_id[::-1], user_hash=batch.user_hash[::-1])
 
 
 def count_differently(remains: Remains) -> None:
