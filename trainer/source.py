@@ -38,6 +38,8 @@ from trainer.metrics import Metrics
 
 PROBE_SECONDS = 2.0
 """Silence after which Kafka is asked whether it is there."""
+CLOSE_SECONDS = 2.0
+"""Longest wait for Kafka at the end."""
 MAX_RECORDS = 128
 """Most records of one poll."""
 
@@ -232,8 +234,15 @@ class KafkaSource:
             log.warning("positions not shown in kafka", error=str(error))
 
     def close(self) -> None:
-        """Leaves Kafka."""
-        self._consumer.close()
+        """Leaves Kafka; a Kafka that is away is not waited for long.
+
+        The library waits, without end, for the answer to what `show_positions` sent. Nothing that counts is in it.
+        """
+        closing = threading.Thread(target=self._consumer.close, name="leave kafka", daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+        if closing.is_alive():
+            log.warning("left without Kafka's goodbye", waited_seconds=CLOSE_SECONDS)
 
     def _first_offsets(self, topic: str) -> dict[int, int]:
         """First offset of each partition, waiting for the topic within the deadline."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -253,3 +256,35 @@ def test_a_broker_that_died_is_reported_after_the_deadline(topics: Topics) -> No
             read(source, lambda polls: False)
         assert source._metrics.registry.get_sample_value("streamtower_trainer_kafka_up") == 0
         source.close()
+
+
+def test_at_the_end_a_kafka_that_is_away_is_not_waited_for_whatever_answer_it_owes(topics: Topics) -> None:
+    dev = pytest.importorskip("streamtower.dev.broker")
+    from tests.fixtures.kafka import create_topics
+
+    with dev.LocalBroker(port=0) as server:
+        create_topics(server.bootstrap, {topics.clicks: {}, topics.micro_batches: {}, topics.items: {}})
+        source = KafkaSource({"bootstrap.servers": server.bootstrap}, topics, Metrics(), deadline_seconds=60)
+        source.start(Positions())
+        Broker(server.bootstrap, topics).batch(micro_batch(["a"]))
+        read(source, lambda polls: deliveries(polls))
+        wait_until_shown(source, server.bootstrap, topics, 1)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            source.show_positions({0: 2})
+            closing = threading.Thread(target=source.close, daemon=True)
+            closing.start()
+            closing.join(20)
+            assert not closing.is_alive()
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+
+def wait_until_shown(source: KafkaSource, bootstrap: str, topics: Topics, position: int) -> None:
+    watcher = Consumer({"bootstrap.servers": bootstrap, "group.id": f"{topics.prefix}trainer"})
+    place, deadline = TopicPartition(topics.micro_batches, 0), time.monotonic() + DEADLINE_SECONDS
+    source.show_positions({0: position})
+    while watcher.committed([place], timeout=10)[0].offset != position:
+        assert time.monotonic() < deadline
+        source.poll(0.05)
+    watcher.close()

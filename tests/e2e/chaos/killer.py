@@ -17,7 +17,7 @@ from tests.e2e.chaos.chain import Chain, Member
 from tests.e2e.chaos.verifier import Ledger
 from tests.e2e.chaos.writer import Writer
 
-WEIGHTS = {"streams": 2.0, "trainer": 3.0, "retriever": 2.0, "index": 2.5, "broker": 1.5}
+WEIGHTS = {"streams": 2.0, "trainer": 3.0, "retriever": 2.0, "index": 2.5, "broker": 4.0}
 SIGNALS = {"SIGKILL": 0.55, "SIGTERM": 0.2, "SIGSTOP": 0.25}
 SESSION_SECONDS = 7.0
 """After so long a dead worker has been given up; a little more than the session timeout."""

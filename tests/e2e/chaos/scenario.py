@@ -44,6 +44,7 @@ class Outcome:
 
     verdict: Verdict
     num_kills: int
+    num_broker_kills: int
     recoveries: list[float]
     points: Points
     """What the live collection holds at the end."""
@@ -106,7 +107,10 @@ def run(
             verdict.say(f"not recovered: {[f for f in killer.disturbances if f.recovered is None]}")
         for surprise in killer.surprises:
             verdict.say(surprise)
-        return Outcome(verdict, killer.num_kills, killer.recoveries(), points_of(chain.qdrant, chain.alias))
+        num_broker_kills = sum(found.member.kind == "broker" for found in killer.disturbances)
+        return Outcome(
+            verdict, killer.num_kills, num_broker_kills, killer.recoveries(), points_of(chain.qdrant, chain.alias)
+        )
     finally:
         if writer.is_alive():
             writer._finished.set()

@@ -70,7 +70,7 @@ def apache_home() -> Path:
     return Path(home)
 
 
-def run_on(nodes: list[ApacheNode], directory: Path, num_kills: int, seed: int) -> scenario.Outcome:
+def run_on(nodes: list[ApacheNode], directory: Path, num_kills: int, seed: int, compression: str) -> scenario.Outcome:
     """Starts the brokers, runs a chain on them with all of them among what is killed, and ends them."""
     try:
         for node in nodes:
@@ -79,7 +79,7 @@ def run_on(nodes: list[ApacheNode], directory: Path, num_kills: int, seed: int) 
         kafka = ",".join(node.bootstrap for node in nodes)
         return scenario.run(
             kafka,
-            make_topics(kafka, "chaos-", 2, **{"compression.type": "zstd"}),
+            make_topics(kafka, "chaos-", 2, **{"compression.type": compression}),
             directory,
             num_partitions=2,
             done=lambda kills, seconds: kills >= num_kills,
@@ -94,10 +94,14 @@ def run_on(nodes: list[ApacheNode], directory: Path, num_kills: int, seed: int) 
 
 
 def test_on_apache_kafka_the_broker_is_killed_too(apache_home: Path, tmp_path: Path) -> None:
-    outcome = run_on([ApacheNode(apache_home, tmp_path / "broker")], tmp_path / "chain", 20, seed=3)
+    outcome = run_on([ApacheNode(apache_home, tmp_path / "broker")], tmp_path / "chain", 20, seed=3, compression="zstd")
     assert_well(outcome, 20)
+    assert outcome.num_broker_kills
 
 
 def test_on_a_cluster_of_three_the_leaders_are_killed_under_load(apache_home: Path, tmp_path: Path) -> None:
-    outcome = run_on(cluster_of_three(apache_home, tmp_path / "brokers"), tmp_path / "chain", 12, seed=4)
+    outcome = run_on(
+        cluster_of_three(apache_home, tmp_path / "brokers"), tmp_path / "chain", 12, seed=4, compression="lz4"
+    )
     assert_well(outcome, 12)
+    assert outcome.num_broker_kills
