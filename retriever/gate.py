@@ -1,4 +1,4 @@
-"""What happens to every HTTP request before and after the routes: keys, limits, counting. Pure ASGI.
+"""What happens to every HTTP request before and after the routes: keys, rates, limits, counting. Pure ASGI.
 
 Station: between uvicorn and `service`. A request that may not come in costs no JSON and no tower.
 """
@@ -6,14 +6,12 @@ Station: between uvicorn and `service`. A request that may not come in costs no 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
-from collections.abc import Sequence
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from retriever.keys import Keys, Rates
 from retriever.metrics import Metrics
 from retriever.problems import ProblemError, problem_response
 
@@ -37,21 +35,23 @@ class _ClientGone(Exception):
 
 
 class Gate:
-    """ASGI middleware: checks the key, bounds requests in flight and the body's size and time, counts and times."""
+    """ASGI middleware: checks key and rate, bounds requests in flight, bounds the body's size and time, and counts."""
 
     def __init__(
         self,
         app: ASGIApp,
         metrics: Metrics,
         *,
-        api_keys: Sequence[SecretStr],
+        keys: Keys,
+        rates: Rates,
         max_body_bytes: int,
         body_timeout_seconds: float,
         max_in_flight: int,
     ) -> None:
         self._app = app
         self._metrics = metrics
-        self._keys = [key.get_secret_value().encode() for key in api_keys]
+        self._keys = keys
+        self._rates = rates
         self._max_body_bytes = max_body_bytes
         self._body_timeout_seconds = body_timeout_seconds
         self._max_in_flight = max_in_flight
@@ -73,7 +73,7 @@ class Gate:
         self._count(guarded)
         try:
             if guarded:
-                self._check_key(Headers(scope=scope))
+                self._check_caller(scope)
                 self._check_in_flight()
             body = await self._read_body(Headers(scope=scope), receive)
             await self._app(scope, _replay(body, receive), send_and_note)
@@ -95,16 +95,27 @@ class Gate:
 
     def _check_in_flight(self) -> None:
         if self._in_flight > self._max_in_flight:
+            self._metrics.refused.labels("overload").inc()
             raise ProblemError("overloaded", f"{self._max_in_flight} requests are under way; try again later")
 
-    def _check_key(self, headers: Headers) -> None:
-        if not self._keys:
-            return
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        # Every key is compared, each in constant time: the time taken says nothing about them.
-        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise ProblemError("unauthorized", "send one of the service's keys as `Authorization: Bearer KEY`")
+    def _check_caller(self, scope: Scope) -> None:
+        """Whether the request has a key, where one is wanted, and its caller is not above their rate."""
+        caller = str((scope.get("client") or ("",))[0]).encode()
+        if self._keys.are_wanted:
+            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            key = self._keys.fitting(given.strip())
+            if scheme.lower() != "bearer" or key is None:
+                self._check_rate(caller)  # who guesses is slowed down
+                self._metrics.refused.labels("key").inc()
+                raise ProblemError("unauthorized", "send one of the service's keys as `Authorization: Bearer KEY`")
+            caller = key
+        self._check_rate(caller)
+
+    def _check_rate(self, caller: bytes) -> None:
+        if seconds := self._rates.seconds_to_wait(caller):
+            self._metrics.refused.labels("rate").inc()
+            reason = f"more requests than the rate limit allows; try again in {seconds} s"
+            raise ProblemError("too-many-requests", reason, retry_after_seconds=seconds)
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body. One that is too large is read on for a while, or its sender would miss the 413."""

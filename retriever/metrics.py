@@ -12,6 +12,7 @@ ROUTES = ("candidates", "version", "history", "alive", "ready", "metrics", "open
 CODES = ("2xx", "4xx", "5xx")
 STAGES = ("encode", "search", "whole")
 HISTORY_SOURCES = ("request", "followed", "none")
+REFUSALS = ("key", "rate", "overload")
 OUTCOMES = ("applied", "old", "rejected")
 REQUEST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 """Edges of the request histogram; the objective stands at .025."""
@@ -43,6 +44,15 @@ class Metrics:
             registry=registry,
         )
         self.in_flight = gauge("requests_in_flight", "Requests to /v1/* that are being answered now.")
+        self.refused = counter(
+            "requests_refused_total",
+            "Requests to /v1/* turned away before they were read: key = no valid API key; rate = the caller's rate "
+            "limit; overload = max_in_flight requests were under way.",
+            "reason",
+        )
+        self.key_file_failures = counter(
+            "key_file_failures_total", "Times that api_keys_file had changed and could not be read again."
+        )
         self.queries = counter(
             "queries_total",
             "Queries answered with candidates, by where their history came from: the request, the followed stream, "
@@ -96,5 +106,7 @@ class Metrics:
             self.request_seconds.labels(stage)
         for source in HISTORY_SOURCES:
             self.queries.labels(source)
+        for reason in REFUSALS:
+            self.refused.labels(reason)
         for outcome in OUTCOMES:
             self.micro_batches.labels(outcome)

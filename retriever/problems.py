@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "body-too-large": (413, "The body is too large"),
     "invalid-request": (422, "The request breaks the contract"),
     "filter-refused": (422, "Qdrant refuses the filter"),
+    "too-many-requests": (429, "Too many requests of this caller"),
     "bug": (500, "A fault of the service"),
     "overloaded": (503, "Too many requests at once"),
     "not-ready": (503, "Nothing can be served yet"),
@@ -37,15 +38,22 @@ _MAX_MESSAGE = 500
 class ProblemError(Exception):
     """A request that is answered with a problem."""
 
-    def __init__(self, slug: str, detail: str, errors: Sequence[InvalidValue] = ()) -> None:
+    def __init__(
+        self,
+        slug: str,
+        detail: str,
+        errors: Sequence[InvalidValue] = (),
+        retry_after_seconds: int = RETRY_AFTER_SECONDS,
+    ) -> None:
         super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
         self.slug = slug
         self.detail = detail
         self.errors = list(errors)
 
 
 def problem_response(error: ProblemError, headers: Mapping[str, str] | None = None) -> Response:
-    """The error as a response; 401 and 503 say how to go on."""
+    """The error as a response; 401, 429 and 503 say how to go on."""
     status, title = KINDS[error.slug]
     problem = Problem(
         type=f"urn:streamtower:problem:{error.slug}",
@@ -55,8 +63,8 @@ def problem_response(error: ProblemError, headers: Mapping[str, str] | None = No
         errors=error.errors,
     )
     extra = dict(headers or {})
-    if status == 503:
-        extra["retry-after"] = str(RETRY_AFTER_SECONDS)
+    if status in (429, 503):
+        extra["retry-after"] = str(error.retry_after_seconds)
     elif status == 401:
         extra["www-authenticate"] = "Bearer"
     return Response(problem.model_dump_json(), status, extra, PROBLEM_JSON)

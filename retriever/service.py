@@ -27,6 +27,7 @@ from retriever.contract import (
     VersionAnswer,
 )
 from retriever.gate import GUARDED, Gate
+from retriever.keys import Keys, Rates
 from retriever.metrics import Metrics
 from retriever.problems import KINDS, ProblemError, invalid_request, problem_response
 from retriever.retrieve import NotReady, Retriever
@@ -38,13 +39,20 @@ log = structlog.get_logger(__name__)
 _JSON = "application/json"
 _BODY = (400, 408, 413)
 """Statuses that only a request with a body can have."""
+_CALLER = (401, 429)
+"""Statuses of a caller who may not come in, or not now."""
 _KEY_SCHEME = "key"
 
 
 def create_app(
     settings: RetrieverSettings, retriever: Retriever, metrics: Metrics, not_ready: Callable[[], str | None]
 ) -> FastAPI:
-    """The ASGI application. `not_ready` says why the service is not ready, None where it is."""
+    """The ASGI application. `not_ready` says why the service is not ready, None where it is.
+
+    Raises:
+        KeyFileError: the file of keys cannot be used.
+    """
+    keys = Keys(settings.api_keys, settings.api_keys_file, metrics)
     app = FastAPI(
         title="Streamtower retriever",
         version="1",
@@ -56,21 +64,22 @@ def create_app(
     app.add_middleware(
         Gate,
         metrics=metrics,
-        api_keys=settings.api_keys,
+        keys=keys,
+        rates=Rates(settings.rate_limit_per_second, settings.rate_limit_burst),
         max_body_bytes=settings.max_body_bytes,
         body_timeout_seconds=settings.body_timeout_seconds,
         max_in_flight=settings.max_in_flight,
     )
     _add_error_handlers(app)
 
-    @app.post("/v1/candidates", response_model=CandidatesAnswer, responses=_problems(*_BODY, 422, 503))
+    @app.post("/v1/candidates", response_model=CandidatesAnswer, responses=_problems(*_BODY, *_CALLER, 422, 503))
     async def candidates(request: CandidatesRequest) -> Response:
         """The best items for a user, by id, by history, or both."""
         answer = await retriever.candidates(request)
         hidden = None if request.with_payload else {"candidates": {"__all__": {"payload"}}}
         return Response(answer.model_dump_json(exclude=hidden), media_type=_JSON)
 
-    @app.get("/v1/version", response_model=VersionAnswer, responses=_problems(503))
+    @app.get("/v1/version", response_model=VersionAnswer, responses=_problems(*_CALLER, 503))
     async def version() -> VersionAnswer:
         """The version that is served now."""
         return retriever.version()
@@ -78,7 +87,7 @@ def create_app(
     @app.get(
         "/v1/users/{user_id:path}/history",
         response_model=HistoryAnswer,
-        responses=_problems(422, 503),
+        responses=_problems(*_CALLER, 422, 503),
     )
     async def history(user_id: Id) -> HistoryAnswer:
         """The items that a user clicked last, as followed from the stream."""
@@ -106,7 +115,7 @@ def create_app(
         """This document."""
         return Response(document, media_type=_JSON)
 
-    document = json.dumps(_openapi(app, with_keys=bool(settings.api_keys))).encode()
+    document = json.dumps(_openapi(app, with_keys=keys.are_wanted)).encode()
     return app
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from retriever.keys import read_keys
 from streams.service import KafkaSettings
 
 
@@ -27,6 +28,14 @@ class RetrieverSettings(KafkaSettings):
     """Port of the HTTP service, metrics included; 0: any free one, which the log line `listening` names."""
     api_keys: tuple[Annotated[SecretStr, Field(min_length=16)], ...] = ()
     """JSON list of keys of at least 16 characters; with one or more, /v1/* wants `Authorization: Bearer KEY`."""
+    api_keys_file: Path | None = None
+    """File of further keys, one a line, # before comments. It is read again within a second when it changes, so that
+    keys can be exchanged without a restart; an empty file lets nobody in."""
+    rate_limit_per_second: float = Field(0.0, ge=0, le=1_000_000)
+    """Requests to /v1/* that each key, or each address where no key is wanted, may make a second in the long run; one
+    more is answered with 429. Wrong keys count for their address. 0: no limit."""
+    rate_limit_burst: int = Field(100, ge=1, le=1_000_000)
+    """Requests that a caller who was quiet may make at once, with rate_limit_per_second."""
 
     qdrant: str = Field("http://127.0.0.1:6333", pattern=r"^https?://[^/\s]+")
     """URL of Qdrant's REST interface."""
@@ -60,3 +69,10 @@ class RetrieverSettings(KafkaSettings):
     """Longest time at start that /readyz waits for the histories to be caught up, in seconds."""
     partition_refresh_seconds: float = Field(5.0, ge=0.1, le=3_600)
     """How often Kafka is asked for new partitions, and whether it answers at all, in seconds."""
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _holds_keys(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            read_keys(value)
+        return value

@@ -86,7 +86,9 @@ def test_every_error_is_described_as_a_problem(document: dict[str, Any]) -> None
     assert len(errors) >= 9
     for answer in errors:
         assert answer["content"] == {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    assert set(document["paths"]["/v1/candidates"]["post"]["responses"]) == {"200", "400", "408", "413", "422", "503"}
+    assert set(document["paths"]["/v1/candidates"]["post"]["responses"]) == {
+        "200", "400", "401", "408", "413", "422", "429", "503",
+    }  # fmt: skip
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
