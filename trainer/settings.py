@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, PositiveFloat, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from streams.service import KafkaSettings
@@ -162,7 +162,7 @@ class TrainerSettings(KafkaSettings):
     """Most items in the catalogue; a sixteenth of them, those untouched for longest, make room when it is full."""
     log_q_half_life_clicks: float = Field(5_000.0, gt=0, le=1e12)
     """Half-life of an item's click count behind its log frequency, in clicks of all items."""
-    further_half_lives_clicks: tuple[float, ...] = (1_000.0, 1e12)
+    further_half_lives_clicks: tuple[PositiveFloat, ...] = (200.0, 1_000.0, 25_000.0, 1e12)
     """JSON list of further half-lives, in clicks of all items: each gives the score a log frequency of its own; []: one
     alone."""
     uniform_ratio: float = Field(0.02, gt=0, le=1)
