@@ -75,8 +75,9 @@ def _run(settings: TrainerSettings, stop: threading.Event) -> int:
     from prometheus_client import start_http_server
 
     from trainer.checkpoint import CheckpointError
+    from trainer.guard import pass_over
     from trainer.metrics import Metrics
-    from trainer.source import ForeignTopicError, SourceAwayError, SourceStoppedError
+    from trainer.source import ForeignTopicError, RetentionExpiredError, SourceAwayError, SourceStoppedError
 
     metrics = Metrics()
     try:
@@ -89,9 +90,17 @@ def _run(settings: TrainerSettings, stop: threading.Event) -> int:
     loop = None
     try:
         loop = build(settings, metrics, stop)
-        loop.run(stop)
+        while not _run_to_the_end(loop, stop):
+            left = loop.progress
+            loop.publisher.close()
+            loop.source.close()
+            loop.checkpoints.close()
+            loop = build(settings, metrics, stop)
+            pass_over(loop.progress, left, metrics)
     except (CheckpointError, ForeignTopicError) as error:
         raise ConfigurationError([f"STREAMTOWER_TRAINER_CHECKPOINT_DIR: {error}"]) from error
+    except RetentionExpiredError as error:
+        raise ConfigurationError([f"STREAMTOWER_TRAINER_RETENTION_EXPIRED: {error}"]) from error
     except SourceAwayError as error:
         log.error("kafka is away", error=str(error))
         return EXIT_DEPENDENCY
@@ -110,6 +119,17 @@ def _run(settings: TrainerSettings, stop: threading.Event) -> int:
     return 0
 
 
+def _run_to_the_end(loop: Loop, stop: threading.Event) -> bool:
+    """Runs the loop; False if it is to be begun again with the newest checkpoint."""
+    from trainer.guard import RollBackError
+
+    try:
+        loop.run(stop)
+    except RollBackError:
+        return False
+    return True
+
+
 def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) -> Loop:
     """The loop with all its parts, as the newest checkpoint had them, or new; `stop` ends waiting for Kafka.
 
@@ -120,6 +140,7 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
     import torch
 
     from trainer.checkpoint import Checkpoints, Progress
+    from trainer.guard import Guard
     from trainer.index import Index, new_client
     from trainer.loop import Loop
     from trainer.model import new_model
@@ -172,6 +193,7 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
             topics,
             metrics,
             deadline_seconds=settings.kafka_deadline_seconds,
+            retention_expired=settings.retention_expired,
             stopping=stop,
         ),
         model=model,
@@ -179,6 +201,13 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
         publisher=Publisher(rollout, model, progress, metrics, stopping=stopping),
         progress=progress,
         metrics=metrics,
+        guard=Guard(
+            metrics,
+            window_clicks=settings.evaluation_window_clicks,
+            norm_factor=settings.guard_norm_factor,
+            recall_ratio=settings.guard_recall_ratio,
+            rolls_back=settings.guard == "rollback",
+        ),
     )
 
 

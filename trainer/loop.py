@@ -16,11 +16,12 @@ import structlog
 from streams.contract import MicroBatch
 from trainer.catalogue import Catalogue
 from trainer.checkpoint import Checkpoints, Progress
+from trainer.guard import Guard
 from trainer.metrics import Metrics
 from trainer.model import Model
 from trainer.publish import Publisher
 from trainer.source import Delivery, Poll, Source
-from trainer.step import Learner
+from trainer.step import Learner, NonFiniteError
 
 POLL_SECONDS = 0.1
 log = structlog.get_logger()
@@ -36,9 +37,14 @@ class Loop:
     publisher: Publisher
     progress: Progress
     metrics: Metrics
+    guard: Guard
 
     def run(self, stop: threading.Event) -> None:
-        """The story, until told to stop or the source is at its end. Ends with a checkpoint of all that was learnt."""
+        """The story, until told to stop or the source is at its end. Ends with a checkpoint of all that was learnt.
+
+        Raises:
+            RollBackError: the guard has tripped, and rolls back.
+        """
         self.source.start(self.progress.positions)
         self.model.embed_all()
         log.info("ready", clicks_learnt=self.progress.clicks_learnt, items=self.model.catalogue.num_items)
@@ -55,7 +61,7 @@ class Loop:
                     break
             self._keep_up(poll, 0)
         self.publisher.close()
-        if self.checkpoints.finish(*self._state()):
+        if not self.guard.tripped and self.checkpoints.finish(*self._state()):
             self.source.show_positions(self.progress.positions.micro_batches)
 
     def _take_items(self, poll: Poll) -> None:
@@ -77,14 +83,21 @@ class Loop:
             self._learn_rows(new)
         progress.learnt[batch.partition] = max(learnt, batch.next_offset)
         progress.positions.micro_batches[batch.partition] = delivery.next_position
+        self.guard.check()
 
     def _learn_rows(self, batch: MicroBatch) -> None:
         progress = self.progress
         progress.step += 1
-        result = self.model.learn(batch, progress.step, self.metrics.stage).result
+        try:
+            result = self.model.learn(batch, progress.step, self.metrics.stage).result
+        except NonFiniteError as error:
+            self.guard.trip("non_finite", f"clicks {batch.offset[0]} … of partition {batch.partition}: {error}")
+            self.metrics.clicks_passed_over.inc(len(batch))
+            return
         self.publisher.freshness.note(progress.step, batch.ingest_time)
         progress.note(len(batch), result.loss)
         self.metrics.learnt(len(batch), result.num_steps, result.loss, float(batch.ingest_time.max()))
+        self.guard.observe(result.gradient_norm, self.model.evaluation)
 
     def _state(self) -> tuple[Progress, Learner, Catalogue, dict[str, npt.NDArray[Any]]]:
         return self.progress, self.model.learner, self.model.catalogue, self.model.scoring_state()
@@ -93,9 +106,9 @@ class Loop:
         with self.metrics.stage("checkpoint"):
             if written := self.checkpoints.collect():
                 self.source.show_positions(written.positions.micro_batches)
-            if self.checkpoints.due:
+            if self.checkpoints.due and not self.guard.tripped:
                 self.checkpoints.save(*self._state())
         with self.metrics.stage("publish"):
-            if not poll.loading:
+            if not poll.loading and not self.guard.tripped:
                 self.publisher.advance()
         self.metrics.report(self.model.catalogue, self.progress, self.model.evaluation, self.source.lag() + in_hand)

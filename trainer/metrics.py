@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 CUTOFFS = (10, 100)
 """The K of recall at K."""
 PUBLISH_KINDS = ("full", "delta")
+DANGERS = ("non_finite", "norm", "recall")
+"""What trips the guard: see `trainer.guard`."""
 STAGES = ("wait", "items", "evaluate", "learn", "touch", "checkpoint", "publish")
 """What the loop's thread spends its time on."""
 SERVABLE_SECONDS = tuple(sorted({5.0, 10.0} | {round(0.01 * 1.25**k, 6) for k in range(48)}))
@@ -183,6 +185,23 @@ class Metrics:
         self.checkpoint_timestamp = gauge(
             "checkpoint_timestamp_seconds", "When the newest checkpoint's copy was taken, in seconds since the epoch."
         )
+        self.publishing_held = gauge(
+            "publishing_held",
+            "1 if nothing is saved or published, because learning has come apart in this process; else 0.",
+        )
+        self.dangers = counter(
+            "dangers_total",
+            "Micro-batches or windows of tested clicks that tripped the guard: non_finite = the loss or a gradient was "
+            "no finite number; norm = a gradient was guard_norm_factor times as long as usual; recall = recall at 10 "
+            "fell below guard_recall_ratio of the usual one and below that of popularity.",
+            "danger",
+        )
+        self.rollbacks = counter("rollbacks_total", "Returns to the newest checkpoint after the guard had tripped.")
+        self.clicks_passed_over = counter(
+            "clicks_passed_over_total",
+            "Clicks that are not in the model: of micro-batches with a loss that is not finite, and those learnt "
+            "between the checkpoint and the moment of a rollback.",
+        )
         self.stage_seconds = counter("stage_seconds_total", "Seconds that the loop spent, by what it did.", "stage")
         self._newest, self._evaluated = 0.0, 0
         self._losses: deque[float] = deque(maxlen=LOSSES)
@@ -193,6 +212,8 @@ class Metrics:
         for cutoff in CUTOFFS:
             self.prequential_recall.labels(str(cutoff))
             self.popularity_recall.labels(str(cutoff))
+        for danger in DANGERS:
+            self.dangers.labels(danger)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
 

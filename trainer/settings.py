@@ -60,6 +60,9 @@ class TrainerSettings(KafkaSettings):
     """Time between checkpoints, in seconds: what is learnt again after a crash."""
     keep_checkpoints: int = Field(3, ge=1, le=100)
     """Newest checkpoints kept."""
+    retention_expired: Literal["fail", "earliest", "latest"] = "fail"
+    """If Kafka has deleted micro-batches that are not learnt yet: fail: end with an explanation; earliest: go on with
+    the oldest that are left; latest: with those that are yet to come. The clicks that are passed over are counted."""
 
     qdrant: str = Field("http://127.0.0.1:6333", pattern=r"^https?://[^/\s]+")
     """URL of Qdrant's REST interface."""
@@ -190,6 +193,14 @@ class TrainerSettings(KafkaSettings):
     """Clicks of each micro-batch, drawn at random, on which the model is tested before it learns them; 0: none."""
     evaluation_window_clicks: int = Field(5_000, ge=1, le=100_000)
     """Tested clicks that the running recall is taken over."""
+    guard: Literal["hold", "rollback"] = "hold"
+    """When learning comes apart (a loss that is not finite, exploding gradients, a collapse of recall), nothing is
+    saved or published any more, and what is served stays. hold: until the trainer is restarted; rollback: it goes back
+    to its newest checkpoint at once, and passes over the clicks since."""
+    guard_norm_factor: float = Field(100.0, ge=0, le=1e12)
+    """A gradient is exploding if it is so many times as long as usual; 0: never."""
+    guard_recall_ratio: float = Field(0.5, ge=0, lt=1)
+    """Recall at 10 has collapsed if it is below this share of the usual one, and below that of popularity; 0: never."""
 
     metrics_host: str = Field("127.0.0.1", min_length=1)
     """Address on which /metrics is served; 0.0.0.0 for every interface."""

@@ -9,6 +9,9 @@ features are there when items are clicked.
 A record of `micro-batches` that cannot be decoded was written by our own streams and holds clicks: skipping it would
 lose them in silence, so it ends the process (`BrokenRecordError`). A bad item event was written by somebody else: it is
 counted, logged and passed over.
+
+Where Kafka has deleted micro-batches behind a position, `retention_expired` says whether that ends the process, or
+where it goes on. How many clicks are passed over is counted by the loop, from source offsets.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import structlog
 from confluent_kafka import (
@@ -36,6 +39,7 @@ from trainer.checkpoint import Positions
 from trainer.item_events import ItemChange, decode_item_change
 from trainer.metrics import Metrics
 
+RetentionExpired = Literal["fail", "earliest", "latest"]
 PROBE_SECONDS = 2.0
 """Silence after which Kafka is asked whether it is there."""
 CLOSE_SECONDS = 2.0
@@ -56,6 +60,10 @@ class ForeignTopicError(Exception):
 
 class SourceStoppedError(Exception):
     """The process is to end while Kafka is still waited for."""
+
+
+class RetentionExpiredError(Exception):
+    """Micro-batches that are to be learnt were deleted, and `retention_expired` is "fail"."""
 
 
 class BrokenRecordError(Exception):
@@ -115,6 +123,7 @@ class KafkaSource:
         metrics: Metrics,
         *,
         deadline_seconds: float,
+        retention_expired: RetentionExpired = "fail",
         stopping: threading.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -122,6 +131,7 @@ class KafkaSource:
         Args:
             config: how to connect, for confluent-kafka.
             deadline_seconds: longest silence of Kafka before `SourceAwayError`.
+            retention_expired: what to do where micro-batches were deleted before they were learnt.
             stopping: once set, `start` waits no longer.
             clock: rising seconds.
         """
@@ -129,6 +139,7 @@ class KafkaSource:
         self._topics = topics
         self._metrics = metrics
         self._deadline = deadline_seconds
+        self._retention_expired = retention_expired
         self._stopping = stopping or threading.Event()
         self._clock = clock
         self._heard = clock()
@@ -156,6 +167,8 @@ class KafkaSource:
         """Partitions of micro-batches, until the items are loaded."""
         self._given: dict[int, int] = {}
         """Partition of micro-batches → offset of the next one to give out."""
+        self._begun: set[int] = set()
+        """Partitions of micro-batches of which something was given out, now or before: a hole there is a loss."""
 
     def start(self, positions: Positions) -> None:
         """Finds the topics, checks the positions against them, and assigns: see `Source`.
@@ -164,6 +177,7 @@ class KafkaSource:
             SourceAwayError: no answer, or no such topics, within the deadline.
             SourceStoppedError: the process is to end.
             ForeignTopicError: topic `clicks` is not the one that the checkpoint has learnt from.
+            RetentionExpiredError: micro-batches that the checkpoint has not learnt were deleted.
         """
         topics = self._topics
         first = {topic: self._first_offsets(topic) for topic in (topics.clicks, topics.micro_batches, topics.items)}
@@ -179,6 +193,9 @@ class KafkaSource:
                 log.warning("topic was made anew: read from its beginning", topic=topic)
                 places.clear()
         positions.topic_ids = {**positions.topic_ids, **ids}
+        for partition, position in positions.micro_batches.items():
+            if position < (oldest := first[topics.micro_batches].get(partition, 0)):
+                positions.micro_batches[partition] = self._go_on_from(partition, position, oldest)
 
         def assignment(topic: str, places: dict[int, int]) -> list[TopicPartition]:
             return [
@@ -186,6 +203,7 @@ class KafkaSource:
             ]
 
         self._given = first[topics.micro_batches] | positions.micro_batches
+        self._begun = set(positions.micro_batches)
         self._waiting = assignment(topics.micro_batches, positions.micro_batches)
         self._loading = set(first[topics.items])
         self._consumer.assign(assignment(topics.items, positions.items))
@@ -210,7 +228,7 @@ class KafkaSource:
                 item_positions[message.partition()] = message.offset() + 1
                 if change := self._item_change(message):
                     items.append(change)
-            else:
+            elif self._is_next(message):
                 deliveries.append(_delivery(message))
                 self._given[message.partition()] = message.offset() + 1
         if self._waiting and not self._loading:
@@ -243,6 +261,42 @@ class KafkaSource:
         closing.join(CLOSE_SECONDS)
         if closing.is_alive():
             log.warning("left without Kafka's goodbye", waited_seconds=CLOSE_SECONDS)
+
+    def _is_next(self, message: Message) -> bool:
+        """Whether a micro-batch is to be given out; the reader is moved where it has to go on elsewhere."""
+        partition, offset, given = message.partition(), message.offset(), self._given[message.partition()]
+        # Holes are also left by transactions of whoever else writes there; nothing was lost then.
+        hole = offset > given and partition in self._begun
+        if hole and (oldest := self._bounds(partition)[0]) > given:
+            self._given[partition] = given = self._go_on_from(partition, given, min(oldest, offset))
+            if given > offset:
+                self._consumer.seek(TopicPartition(self._topics.micro_batches, partition, given))
+        self._begun.add(partition)
+        return bool(offset >= given)
+
+    def _go_on_from(self, partition: int, position: int, oldest: int) -> int:
+        """Where to read on, as micro-batches from `position` to before `oldest` were deleted."""
+        what = (
+            f"micro-batches {position} … {oldest - 1} of partition {partition} of topic "
+            f"{self._topics.micro_batches!r} were deleted by its retention before they were learnt"
+        )
+        if self._retention_expired == "fail":
+            raise RetentionExpiredError(
+                f"{what}. They cannot be had back from Kafka. Set retention_expired to earliest, to go on with the "
+                "oldest ones that are left, or to latest, to begin with those to come; and raise the topic's retention "
+                "above the longest time that the trainer may be away"
+            )
+        log.warning("retention expired", reason=what, retention_expired=self._retention_expired)
+        if self._retention_expired == "earliest":
+            return oldest
+        return self._bounds(partition)[1]
+
+    def _bounds(self, partition: int) -> tuple[int, int]:
+        """First offset and end of a partition of micro-batches."""
+        try:
+            return self._ask_bounds(TopicPartition(self._topics.micro_batches, partition))
+        except KafkaException as error:
+            raise SourceAwayError(f"Kafka does not tell its offsets: {error.args[0].str()}") from error
 
     def _first_offsets(self, topic: str) -> dict[int, int]:
         """First offset of each partition, waiting for the topic within the deadline."""

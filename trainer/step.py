@@ -78,6 +78,8 @@ class StepResult:
     """Mean over the rows, from before each step's update."""
     num_rows: int
     num_steps: int = 1
+    gradient_norm: float = 0.0
+    """Length of the gradient of all that the step changes; of several steps, the longest."""
 
 
 class Learner:
@@ -137,7 +139,7 @@ class Learner:
         known = self._ask_catalogue()
         results = [self.step(clicks.take(rows), known) for rows in np.array_split(order, num_steps)]
         loss = sum(result.loss * result.num_rows for result in results) / len(clicks)
-        return StepResult(loss, len(clicks), num_steps)
+        return StepResult(loss, len(clicks), num_steps, max(result.gradient_norm for result in results))
 
     def step(self, clicks: Clicks, known: KnownItems | None = None) -> StepResult:
         """One optimizer step on all of these clicks.
@@ -186,8 +188,8 @@ class Learner:
         learnt = {f"tables.{key}": getattr(gathered.tables, key) for key in gathered.rows} | self._parameters
         gradients = dict(zip(learnt, torch.autograd.grad(loss, list(learnt.values())), strict=True))
         squares = {name: gradient.square() for name, gradient in gradients.items()}
-        finite = math.isfinite(loss.item()) and all(math.isfinite(square.sum().item()) for square in squares.values())
-        if not finite:
+        norms = [square.sum().item() for square in squares.values()]
+        if not (math.isfinite(loss.item()) and all(map(math.isfinite, norms))):
             raise NonFiniteError(
                 f"step {self.num_steps}: the loss is {loss.item()} and its gradient is or becomes non-finite; "
                 f"rewards are within {clicks.reward.min()} … {clicks.reward.max()}"
@@ -207,7 +209,7 @@ class Learner:
         self.item_tower.scale.observe(item.numbers[: len(clicks)])
         self._remember(clicks)
         self.num_steps += 1
-        return StepResult(loss.item(), len(clicks))
+        return StepResult(loss.item(), len(clicks), gradient_norm=math.sqrt(math.fsum(norms)))
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def embed_queries(self, query: QueryInputs) -> Float32Array:

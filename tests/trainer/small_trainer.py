@@ -15,6 +15,7 @@ from trainer.checkpoint import Checkpoints, Progress
 from trainer.covisit import Covisit
 from trainer.evaluate import Prequential
 from trainer.freshness import Freshness
+from trainer.guard import Guard
 from trainer.item_events import ItemChange
 from trainer.loop import Loop
 from trainer.metrics import Metrics
@@ -62,6 +63,7 @@ class Trainer:
     evaluate: bool = True
     max_items: int = 1_000
     metrics: Metrics = field(default_factory=Metrics)
+    guard: Guard | None = None
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.directory, IDENTITY, self.metrics, interval_seconds=self.interval)
@@ -95,15 +97,20 @@ class Trainer:
 
     def run(self, stop: threading.Event | None = None) -> None:
         """The loop, to the end of the entries."""
-        Loop(
+        self.loop().run(stop or threading.Event())
+        self.checkpoints.close()
+
+    def loop(self) -> Loop:
+        """The loop of these parts."""
+        return Loop(
             self.source,
             self.model,
             self.checkpoints,
             self.publisher,
             self.progress,
             self.metrics,
-        ).run(stop or threading.Event())
-        self.checkpoints.close()
+            self.guard or Guard(self.metrics),
+        )
 
     def value(self, name: str, **labels: str) -> float:
         """A metric's value, by its name without the stem."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from confluent_kafka import Producer
 from qdrant_client import QdrantClient
@@ -191,6 +193,25 @@ def test_told_to_stop_it_saves_everything_and_the_next_life_begins_there(bench: 
     assert manifest.source_offsets == {0: 10 * ROWS} and manifest.num_items == 10 * ROWS + 1
     assert running.metric("clicks_learnt_total") == 0
     assert running.end(signal.SIGINT) == 0
+
+
+def test_rolled_back_it_publishes_again_what_it_learns_after_the_clicks_that_spoilt_it(bench: Bench) -> None:
+    running = bench.start(guard="rollback")
+    running.wait_ready()
+    bench.send(unique_clicks(0, 0))
+    wait_for(lambda: running.metric("checkpoint_timestamp_seconds") and bench.served() >= {"p0-0"})
+    wait_for(lambda: len(bench.served()) == ROWS)
+    wait_for(lambda: any(event["clicks_learnt"] == ROWS for event in running.events("checkpoint")))
+    bench.send(dataclasses.replace(unique_clicks(1, 0), reward=np.full(ROWS, 3e38, np.float32)))
+    wait_for(lambda: running.events("rolled back"))
+    bench.send(unique_clicks(2, 0))
+    clicks = {f"p0-{offset}" for offset in [*range(ROWS), *range(2 * ROWS, 3 * ROWS)]}
+    wait_for(lambda: bench.served() == clicks)
+    assert running.metric("publishing_held") == 0 and running.metric("rollbacks_total") == 1
+    assert running.metric("clicks_passed_over_total") == ROWS
+    assert running.end() == 0
+    progress = bench.checkpoint().progress
+    assert (progress.learnt, progress.clicks_learnt) == ({0: 3 * ROWS}, 2 * ROWS)
 
 
 def test_a_record_that_breaks_the_contract_ends_it_as_a_bug(bench: Bench) -> None:
