@@ -36,17 +36,24 @@ def _whole_number_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _bounded(value: str) -> str:
+def _unicode(text: str) -> str:
     try:
-        size = len(value.encode())
+        text.encode()
     except UnicodeEncodeError:
         raise ValueError("must be valid Unicode text") from None
+    return text
+
+
+def _bounded(value: str) -> str:
+    size = len(_unicode(value).encode())
     if not 1 <= size <= MAX_ID_BYTES:
         raise ValueError(f"must be of 1 … {MAX_ID_BYTES} bytes in UTF-8, not {size}")
     return value
 
 
 def _flat(value: object) -> object:
+    if isinstance(value, str):
+        _unicode(value)
     if isinstance(value, str) and len(value) > MAX_CONTEXT_TEXT:
         raise ValueError(f"must have {MAX_CONTEXT_TEXT} characters at most, not {len(value)}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -85,7 +92,7 @@ class CandidatesRequest(Model):
     """The user; the history is then what the stream says that they clicked, up to seconds ago."""
     history: list[Id] | None = None
     """Item ids, newest last; wins over the history followed for `user_id`. Empty: a user of whom nothing is known."""
-    context: dict[str, ContextValue] = Field({}, max_length=MAX_CONTEXT_FEATURES)
+    context: dict[Annotated[str, AfterValidator(_unicode)], ContextValue] = Field({}, max_length=MAX_CONTEXT_FEATURES)
     """Features of the moment (device, hour, the item being watched …), flat. Those that the model lacks do nothing."""
     k: int = Field(10, ge=1, le=MAX_K)
     """How many candidates."""

@@ -70,7 +70,7 @@ def check(data: bytes) -> bool:
     assert [came.history(row).tolist() for row in range(len(came))] == histories
     assert all(type(item) is int for history in histories for item in history), "a history with nulls"
     for name, column in came.context.items():
-        assert column.to_pylist() == plain.column(f"context.{name}").to_pylist()
+        assert repr(column.to_pylist()) == repr(plain.column(f"context.{name}").to_pylist()), name
     _check_contract(came)
     again = MicroBatch.decode(came.encode())
     assert all(_values(getattr(again, name)) == _values(getattr(came, name)) for name in COLUMNS)

@@ -144,6 +144,14 @@ def test_a_click_that_once_ended_the_worker_is_a_dead_letter(click: bytes) -> No
     assert not clicks.check(click)
 
 
+@pytest.mark.parametrize("text", [rb"\ud800", b"\xed\xa0\x80", b"\xff"], ids=["escaped", "encoded", "no UTF-8"])
+@pytest.mark.parametrize("place", [b'{"a":"%s"}', b'{"%s":1}'], ids=["value", "name"])
+def test_a_context_that_is_no_unicode_is_refused(http: Application, place: bytes, text: bytes) -> None:
+    body = b'{"user_id":"u","context":%s}' % (place % text)
+    assert not http.check(body)
+    assert http.post(body)[0] in (400, 422)
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 def test_a_filter_that_qdrant_could_not_be_asked_is_refused(http: Application, number: str) -> None:
     body = b'{"user_id":"u","filter":{"must":[{"key":"n","range":{"gte":%s}}]}}' % number.encode()
