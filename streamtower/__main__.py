@@ -1,4 +1,4 @@
-"""The command line: `streamtower dead-letters | demo | evaluate | produce | query | topics`.
+"""The command line: `streamtower dead-letters | demo | evaluate | produce | query | replay | topics`.
 
 Station: the front door. Each command reads its options, calls one module, and turns what went wrong into a line on
 stderr and an exit code. Modules that load much are imported by the command that needs them.
@@ -41,6 +41,7 @@ from streamtower.options import (
     fail,
     name_and_value,
 )
+from streamtower.retraining import replay
 
 app = typer.Typer(
     help="Learns from live clicks which items to show to whom, and keeps a vector index fresh with it.",
@@ -49,6 +50,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(evaluate)
+app.command()(replay)
 app.add_typer(dead_letters, name="dead-letters")
 
 

@@ -165,7 +165,7 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
         keep=settings.keep_checkpoints,
         interval_seconds=settings.checkpoint_interval_seconds,
     )
-    progress = Progress()
+    progress = Progress(learnt=dict(settings.learn_from or {}))
     if state := checkpoints.load():
         model.learner.load_state_dict(state.learner)
         model.catalogue.load_state_dict(state.catalogue)
@@ -194,6 +194,7 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
             metrics,
             deadline_seconds=settings.kafka_deadline_seconds,
             retention_expired=settings.retention_expired,
+            learn_from=settings.learn_from,
             stopping=stop,
         ),
         model=model,

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, SecretStr, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from streams.service import KafkaSettings
@@ -63,6 +63,10 @@ class TrainerSettings(KafkaSettings):
     retention_expired: Literal["fail", "earliest", "latest"] = "fail"
     """If Kafka has deleted micro-batches that are not learnt yet: fail: end with an explanation; earliest: go on with
     the oldest that are left; latest: with those that are yet to come. The clicks that are passed over are counted."""
+    learn_from: dict[NonNegativeInt, NonNegativeInt] | None = None
+    """JSON object of partition → offset of `clicks` from which a trainer without a checkpoint begins to learn;
+    partitions that are not named begin with the oldest micro-batch. A trainer with this setting publishes only when it
+    has caught up with what there was at its start. Set by `streamtower replay`."""
 
     qdrant: str = Field("http://127.0.0.1:6333", pattern=r"^https?://[^/\s]+")
     """URL of Qdrant's REST interface."""

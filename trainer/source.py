@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -88,7 +88,8 @@ class Poll:
     """Partition of `items` → position to resume from once `items` are taken."""
     deliveries: list[Delivery] = field(default_factory=list)
     loading: bool = False
-    """The items of the start are not all here yet: no micro-batch is given out before."""
+    """Nothing is to be published yet: the items of the start are not all here, and no micro-batch is given out before;
+    or the micro-batches of the start are to be learnt first."""
     ended: bool = False
     """Nothing will ever come again, which Kafka never says."""
 
@@ -124,6 +125,7 @@ class KafkaSource:
         *,
         deadline_seconds: float,
         retention_expired: RetentionExpired = "fail",
+        learn_from: Mapping[int, int] | None = None,
         stopping: threading.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -132,6 +134,8 @@ class KafkaSource:
             config: how to connect, for confluent-kafka.
             deadline_seconds: longest silence of Kafka before `SourceAwayError`.
             retention_expired: what to do where micro-batches were deleted before they were learnt.
+            learn_from: partition of `clicks` → first offset that is to be learnt by a trainer that begins anew; with it
+                polls are `loading` until all micro-batches that were there at the start are given out.
             stopping: once set, `start` waits no longer.
             clock: rising seconds.
         """
@@ -140,6 +144,7 @@ class KafkaSource:
         self._metrics = metrics
         self._deadline = deadline_seconds
         self._retention_expired = retention_expired
+        self._learn_from = learn_from
         self._stopping = stopping or threading.Event()
         self._clock = clock
         self._heard = clock()
@@ -148,7 +153,6 @@ class KafkaSource:
                 **self._config,
                 "group.id": f"{topics.prefix}trainer",
                 "enable.auto.commit": False,
-                "check.crcs": True,
                 "enable.auto.offset.store": False,
                 # Where retention has cut off what was not learnt yet. The gap is counted by source offsets.
                 "auto.offset.reset": "earliest",
@@ -170,6 +174,8 @@ class KafkaSource:
         """Partition of micro-batches → offset of the next one to give out."""
         self._begun: set[int] = set()
         """Partitions of micro-batches of which something was given out, now or before: a hole there is a loss."""
+        self._catch_up_to: dict[int, int] = {}
+        """Partition of micro-batches → its end at the start, while it has to be reached."""
 
     def start(self, positions: Positions) -> None:
         """Finds the topics, checks the positions against them, and assigns: see `Source`.
@@ -205,12 +211,16 @@ class KafkaSource:
 
         self._given = first[topics.micro_batches] | positions.micro_batches
         self._begun = set(positions.micro_batches)
+        if self._learn_from is not None:
+            self._catch_up_to = {partition: self._bounds(partition)[1] for partition in self._given}
         self._waiting = assignment(topics.micro_batches, positions.micro_batches)
         self._loading = set(first[topics.items])
         self._consumer.assign(assignment(topics.items, positions.items))
 
     def poll(self, timeout_seconds: float) -> Poll:
         """What there is: see `Source`."""
+        self._catch_up_to = {p: end for p, end in self._catch_up_to.items() if self._given[p] < end}
+        behind = bool(self._catch_up_to)  # before this poll: what it gives out is learnt after it
         messages = self._consumer.consume(MAX_RECORDS, timeout_seconds)
         self._listen(bool(messages))
         items: list[ItemChange] = []
@@ -221,6 +231,8 @@ class KafkaSource:
                 if error.code() == KafkaError._PARTITION_EOF:
                     if message.topic() == self._topics.items:
                         self._loading.discard(message.partition())
+                    else:
+                        self._given[message.partition()] = max(self._given[message.partition()], message.offset())
                 elif error.fatal() or error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
                     raise SourceAwayError(f"Kafka refuses: {error.str()}")
                 else:
@@ -231,11 +243,12 @@ class KafkaSource:
                     items.append(change)
             elif self._is_next(message):
                 deliveries.append(_delivery(message))
+                self._check_beginning(deliveries[-1].batch)
                 self._given[message.partition()] = message.offset() + 1
         if self._waiting and not self._loading:
             self._consumer.incremental_assign(self._waiting)
             self._waiting = []
-        return Poll(items, item_positions, deliveries, loading=bool(self._loading))
+        return Poll(items, item_positions, deliveries, loading=behind or bool(self._loading))
 
     def lag(self) -> int:
         """Micro-batches not given out, by the ends that Kafka told with the last records."""
@@ -272,8 +285,17 @@ class KafkaSource:
             self._given[partition] = given = self._go_on_from(partition, given, min(oldest, offset))
             if given > offset:
                 self._consumer.seek(TopicPartition(self._topics.micro_batches, partition, given))
-        self._begun.add(partition)
         return bool(offset >= given)
+
+    def _check_beginning(self, batch: MicroBatch) -> None:
+        """Whether a trainer that begins anew gets what it was to begin with."""
+        wanted = (self._learn_from or {}).get(batch.partition, batch.first_offset)
+        begun, self._begun = batch.partition in self._begun, self._begun | {batch.partition}
+        if not begun and batch.first_offset > wanted and self._retention_expired == "fail":
+            raise RetentionExpiredError(
+                f"clicks {wanted} … {batch.first_offset - 1} of partition {batch.partition} were to be learnt and are "
+                "in no micro-batch any more. Begin later, or with the oldest that are left: retention_expired earliest"
+            )
 
     def _go_on_from(self, partition: int, position: int, oldest: int) -> int:
         """Where to read on, as micro-batches from `position` to before `oldest` were deleted."""

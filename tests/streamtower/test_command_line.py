@@ -16,7 +16,7 @@ import pytest
 
 from streams.contract import Topics
 
-COMMANDS = ("dead-letters list", "dead-letters replay", "demo", "evaluate", "produce", "query", "topics")
+COMMANDS = ("dead-letters list", "dead-letters replay", "demo", "evaluate", "produce", "query", "replay", "topics")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -23,6 +23,7 @@ from trainer.source import (
     ForeignTopicError,
     KafkaSource,
     Poll,
+    RetentionExpiredError,
     SourceAwayError,
 )
 
@@ -57,9 +58,11 @@ def broker(kafka: str, topics: Topics) -> Broker:
 def new_source(broker: Broker) -> Iterator[Callable[..., KafkaSource]]:
     made: list[KafkaSource] = []
 
-    def make(topics: Topics = broker.topics, deadline_seconds: float = DEADLINE_SECONDS) -> KafkaSource:
+    def make(
+        topics: Topics = broker.topics, deadline_seconds: float = DEADLINE_SECONDS, **settings: Any
+    ) -> KafkaSource:
         config: dict[str, Any] = {"bootstrap.servers": broker.bootstrap}
-        made.append(KafkaSource(config, topics, Metrics(), deadline_seconds=deadline_seconds))
+        made.append(KafkaSource(config, topics, Metrics(), deadline_seconds=deadline_seconds, **settings))
         return made[-1]
 
     yield make
@@ -206,6 +209,32 @@ def test_offsets_of_other_clicks_are_no_offsets_of_these(
     positions.topic_ids[broker.topics.clicks] = "that of another one"
     with pytest.raises(ForeignTopicError, match="clicks was made anew"):
         new_source().start(positions)
+
+
+def test_one_that_begins_in_the_past_is_loading_until_what_was_there_is_given_out(
+    broker: Broker, new_source: Callable[..., KafkaSource]
+) -> None:
+    for batch in click_stream(4):
+        broker.batch(batch)
+    source = new_source(learn_from={0: 20})
+    source.start(Positions())
+    polls = read(source, lambda polls: len(deliveries(polls)) == 4)
+    assert all(poll.loading for poll in polls[1:])  # what the last one gave out is not learnt yet
+    assert not source.poll(0.05).loading
+
+
+@pytest.mark.parametrize("retention_expired", ["fail", "earliest"])
+def test_clicks_to_begin_with_that_are_in_no_micro_batch_are_a_gap(
+    broker: Broker, new_source: Callable[..., KafkaSource], retention_expired: str
+) -> None:
+    broker.batch(click_stream(4)[2])
+    source = new_source(learn_from={0: 20}, retention_expired=retention_expired)
+    source.start(Positions())
+    if retention_expired == "fail":
+        with pytest.raises(RetentionExpiredError, match="clicks 20 … 31 of partition 0 were to be learnt"):
+            read(source, deliveries)
+    else:
+        assert [delivery.batch.first_offset for delivery in deliveries(read(source, deliveries))] == [32]
 
 
 def test_missing_topics_are_waited_for_until_the_deadline(new_source: Callable[..., KafkaSource]) -> None:

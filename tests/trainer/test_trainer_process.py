@@ -50,11 +50,13 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 class Running:
     """One trainer process; its log is read from a file."""
 
-    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, directory: Path, environment: dict[str, str], command: tuple[str, ...] = ("-m", "trainer")
+    ) -> None:
         self._log = directory / f"log-{time.monotonic_ns()}"
         with self._log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "trainer"], env=os.environ | environment, stdout=output, stderr=output
+                [sys.executable, *command], env=os.environ | environment, stdout=output, stderr=output
             )
 
     def events(self, name: str) -> list[dict[str, Any]]:
