@@ -20,7 +20,7 @@ top-k, frequency, and volume estimation"), and has the estimate m + 1 then. Used
 admission: never above the true count, and equal to it for every item that never had more than `num_partners` partners.
 Chance comes from the number of the click, so the same clicks give the same counts.
 
-Memory: 12 bytes a partner, 8 an item: 776 bytes an item at 64 partners.
+Memory: 12 bytes a partner, 12 an item: 780 bytes an item at 64 partners.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ class Covisit:
         self._estimate = np.zeros((0, num_partners), np.float32)
         self._before = np.zeros((0, num_partners), np.float32)
         """Part of the estimate that was there when the partner was admitted: not its own."""
+        self._least = np.zeros(0, np.float32)
+        """At most the weakest estimate of the row: estimates only grow, so that an old minimum will do."""
         self._num_clicks = np.zeros(0, np.float64)
 
     def __len__(self) -> int:
@@ -114,7 +116,7 @@ class Covisit:
         """Makes room for rows up to this number of the catalogue's."""
         if num_rows > len(self._partner):
             room = max(num_rows, 2 * len(self._partner), 1024) - self._size
-            for name, fill in (("partner", -1), ("estimate", 0), ("before", 0), ("num_clicks", 0)):
+            for name, fill in (("partner", -1), ("estimate", 0), ("before", 0), ("least", 0), ("num_clicks", 0)):
                 old = getattr(self, f"_{name}")[: self._size]
                 more = np.full((room, *old.shape[1:]), fill, old.dtype)
                 setattr(self, f"_{name}", np.concatenate([old, more]))
@@ -129,8 +131,8 @@ class Covisit:
             history_offsets: int64 [n + 1] click i's are history_rows[history_offsets[i]:history_offsets[i + 1]].
         """
         _count(
-            self._partner, self._estimate, self._before, self._num_clicks, rows, history_rows, history_offsets,
-            self.window, np.float32(self._weight), self._clicks_counted,
+            self._partner, self._estimate, self._before, self._least, self._num_clicks,
+            rows, history_rows, history_offsets, self.window, np.float32(self._weight), self._clicks_counted,
         )  # fmt: skip
         self._total += self._weight * len(rows)
         self._clicks_counted += len(rows)
@@ -138,6 +140,7 @@ class Covisit:
         if self._weight > _RESCALE_AT:
             for counts in (self._estimate, self._before, self._num_clicks):
                 counts /= self._weight
+            self._least = self._estimate.min(axis=1)
             self._total, self._weight = self._total / self._weight, 1.0
 
     def scores(self, history_rows: Int64Array, history_offsets: Int64Array, num_rows: int) -> Float32Array:
@@ -191,13 +194,14 @@ class Covisit:
         gone = partner < 0
         self._partner, self._num_clicks = partner, self._num_clicks[kept]
         self._estimate, self._before = (np.where(gone, 0, a[kept]) for a in (self._estimate, self._before))
+        self._least = self._estimate.min(axis=1)
         self._size = len(kept)
         self._total = float(self._num_clicks.sum())
 
     def snapshot(self) -> Covisit:
         """A copy, to be read by another thread."""
         copied = copy.copy(self)
-        for name in ("partner", "estimate", "before", "num_clicks"):
+        for name in ("partner", "estimate", "before", "least", "num_clicks"):
             setattr(copied, f"_{name}", getattr(self, f"_{name}")[: self._size].copy())
         return copied
 
@@ -220,6 +224,7 @@ class Covisit:
             raise ValueError(f"the counts are of {state['partner'].shape[1]} partners, not of {self.num_partners}")
         for name in ("partner", "estimate", "before", "num_clicks"):
             setattr(self, f"_{name}", np.array(state[name]))
+        self._least = self._estimate.min(axis=1)
         self._size = len(self._partner)
         self._weight, self._total = map(float, state["numbers"])
         self._clicks_counted = int(state["clicks_counted"][0])
@@ -230,7 +235,7 @@ class Covisit:
 
 @numba.njit(cache=True, nogil=True)
 def _count(  # type: ignore[no-untyped-def]
-    partner, estimate, before, num_clicks, rows, history_rows, history_offsets, window, weight, clicks_counted
+    partner, estimate, before, least, num_clicks, rows, history_rows, history_offsets, window, weight, clicks_counted
 ):
     newest = np.empty(window, np.int32)
     for i in range(len(rows)):
@@ -258,28 +263,31 @@ def _count(  # type: ignore[no-untyped-def]
             one = np.float32(bits >> np.uint64(40)) * np.float32(2.0**-24)
             two = np.float32(bits & np.uint64(0xFFFFFF)) * np.float32(2.0**-24)
             other = newest[k]
-            _add(partner[clicked], estimate[clicked], before[clicked], other, weight, one)
-            _add(partner[other], estimate[other], before[other], clicked, weight, two)
+            _add(partner, estimate, before, least, clicked, other, weight, one)
+            _add(partner, estimate, before, least, other, clicked, weight, two)
         num_clicks[clicked] += weight
 
 
 @numba.njit(nogil=True, fastmath={"nnan", "ninf", "nsz", "reassoc"}, inline="always")
-def _add(partner, estimate, before, other, weight, chance):  # type: ignore[no-untyped-def]
+def _add(partner, estimate, before, least, row, other, weight, chance):  # type: ignore[no-untyped-def]
     # Loops without an early end, over 32-bit numbers: the compiler makes vector instructions of them.
     at = np.int32(-1)
-    for k in range(len(partner)):
-        at = max(at, np.int32(k) if partner[k] == other else np.int32(-1))
+    for k in range(partner.shape[1]):
+        at = max(at, np.int32(k) if partner[row, k] == other else np.int32(-1))
     if at >= 0:
-        estimate[at] += weight
+        estimate[row, at] += weight
         return
-    least = estimate[0]
-    for k in range(len(partner)):
-        least = min(least, estimate[k])
-    if chance * (least + weight) < weight:  # always where a place is free: its estimate is 0
+    if chance * (least[row] + weight) >= weight:  # nor with the minimum of now, which is not lower
+        return
+    minimum = estimate[row, 0]
+    for k in range(estimate.shape[1]):
+        minimum = min(minimum, estimate[row, k])
+    least[row] = minimum
+    if chance * (minimum + weight) < weight:  # always where a place is free: its estimate is 0
         at = np.int32(0)
-        for k in range(len(partner)):
-            at = max(at, np.int32(k) if estimate[k] == least else np.int32(0))
-        partner[at], estimate[at], before[at] = other, least + weight, least
+        for k in range(estimate.shape[1]):
+            at = max(at, np.int32(k) if estimate[row, k] == minimum else np.int32(0))
+        partner[row, at], estimate[row, at], before[row, at] = other, minimum + weight, minimum
 
 
 @numba.njit(cache=True, nogil=True)
