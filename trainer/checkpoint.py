@@ -219,12 +219,14 @@ class Checkpoints:
         """
         if self._thread is not None:
             raise RuntimeError("a checkpoint is being written; wait until `collect` has given it")
+        started = time.perf_counter()
         state = State(
             msgspec.json.decode(msgspec.json.encode(progress), type=Progress),
             {name: tensor.clone() for name, tensor in learner.state_dict().items()},
             catalogue.state_dict(),
             scoring,
         )
+        self._metrics.checkpoint_pause.observe(time.perf_counter() - started)
         taken, self._last = self._clock(), self._rising()
 
         def write() -> None:

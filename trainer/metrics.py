@@ -179,6 +179,11 @@ class Metrics:
             "Seconds of a finished checkpoint, from the copy to the renamed directory; most of it beside the loop.",
             (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
         )
+        self.checkpoint_pause = histogram(
+            "checkpoint_pause_seconds",
+            "Seconds for which a checkpoint stopped learning: to copy the state, before it is written beside the loop.",
+            (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
+        )
         self.checkpoint_failures = counter(
             "checkpoint_failures_total", "Checkpoints that could not be written; the one before stands."
         )

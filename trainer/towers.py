@@ -200,11 +200,18 @@ def build_towers(config: TowerConfig, seed: int = 0) -> tuple[QueryTower, ItemTo
 
 
 def save_query_tower(path: str | os.PathLike[str], tower: QueryTower) -> None:
-    """Writes the query tower's weights with the tables that it looks up, as safetensors. Not atomic, not synced."""
+    """Writes the query tower's weights with the tables that it looks up, as safetensors. Not atomic, not synced.
+
+    Raises:
+        OSError: it cannot be written; a part of it may be there.
+    """
     tables = {"tables.items": tower.tables.items, "tables.users": tower.tables.users}
     if _has_tokens(tower.config.context):
         tables["tables.features"] = tower.tables.features
-    save_file({**tower.state_dict(), **tables}, os.fspath(path))
+    try:
+        save_file({**tower.state_dict(), **tables}, os.fspath(path))
+    except SafetensorError as error:  # safetensors' own word for a full disk
+        raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
 
 
 def load_query_tower(path: str | os.PathLike[str], config: TowerConfig) -> QueryTower:

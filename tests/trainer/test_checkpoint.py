@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +177,81 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_leaves_the_one_befor
     assert metrics.registry.get_sample_value("streamtower_trainer_checkpoint_failures_total") == 1
     again = load(tmp_path)
     assert again is not None and again.progress.step == 1
+
+
+def test_the_time_for_which_learning_stops_is_measured(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, click_stream(2), interval=0.0)
+    trainer.run()
+    saved = trainer.value("checkpoint_seconds_count")
+    assert saved >= 1 and trainer.value("checkpoint_pause_seconds_count") == saved
+    assert (
+        0
+        < trainer.value("checkpoint_pause_seconds_sum")
+        < trainer.value("stage_seconds_total", stage="checkpoint") + (trainer.value("checkpoint_seconds_sum"))
+    )
+
+
+TROUBLE = """
+import os, resource, signal, sys
+from pathlib import Path
+from tests.trainer.small_trainer import IDENTITY, Trainer
+from tests.trainer.streams_of_clicks import click_stream
+from trainer.checkpoint import CheckpointError, Checkpoints
+from trainer.metrics import Metrics
+folder, trouble = Path(sys.argv[1]), sys.argv[2]
+trainer = Trainer(folder / "c", click_stream(3))
+trainer.run()
+trainer.checkpoints = Checkpoints(folder / "c", IDENTITY, trainer.metrics)
+if trouble == "full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
+else:
+    (folder / "c").chmod(0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65_534)
+trainer.progress.step = 77
+state = (trainer.progress, trainer.learner, trainer.catalogue, trainer.model.scoring_state())
+print(trainer.checkpoints.finish(*state), trainer.value("checkpoint_failures_total"))
+trainer.checkpoints.close()
+if trouble != "full":
+    try:
+        Checkpoints(folder / "c", IDENTITY, trainer.metrics)
+    except CheckpointError as error:
+        print(error)
+    if os.getuid() == 0:
+        os.seteuid(0)
+    (folder / "c").chmod(0o755)
+again = Checkpoints(folder / "c", IDENTITY, trainer.metrics)
+print([path.name for path in (folder / "c").iterdir() if path.name != "lock"], again.load().progress.step)
+again.close()
+"""
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_disk_that_takes_nothing_leaves_the_one_before_and_nothing_half_written(trouble: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # for a user without rights, where the test runs as root
+        command = [sys.executable, "-c", TROUBLE, folder, trouble]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if not line.startswith("20")]
+    assert told[0] == "None 1.0" and told[-1] == "['c000000000001'] 3"
+    assert ("File too large" if trouble == "full" else "Permission denied") in done.stdout + done.stderr
+    if trouble == "read-only":
+        assert "c cannot be written to" in told[1]
+
+
+def test_a_clock_that_jumps_back_changes_neither_the_order_nor_the_times_of_checkpoints(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "unused", click_stream(1))
+    trainer.run()
+    clock, rising = iter([1_000_000.0, 3.0]), [0.0]
+    checkpoints = new_checkpoints(tmp_path, interval_seconds=30.0, clock=lambda: next(clock), rising=lambda: rising[0])
+    for step in (1, 2):
+        trainer.progress.step = step
+        assert not checkpoints.due
+        rising[0] += 30.0
+        assert checkpoints.due
+        assert checkpoints.finish(trainer.progress, trainer.learner, trainer.catalogue)
+    checkpoints.close()
+    state = load(tmp_path)
+    assert state is not None and state.progress.step == 2
