@@ -222,6 +222,7 @@ class DeadLetters:
                 "enable.auto.commit": False,
                 "auto.offset.reset": "earliest",
                 "enable.partition.eof": True,
+                "check.crcs": True,
                 "log_level": 2,
             }
         )
