@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ended:
         if ended.code in (0, None):
             return 0
+        if isinstance(ended.__context__, KafkaError):  # before the first fetch: Kafka went away since it was asked
+            log.critical("dependency away", exit_code=EXIT_DEPENDENCY, reason=repr(ended.__context__))
+            return EXIT_DEPENDENCY
     except KafkaError as error:
         log.critical("dependency away", exit_code=EXIT_DEPENDENCY, reason=repr(error))
         return EXIT_DEPENDENCY

@@ -143,9 +143,16 @@ class Model:
         return query_inputs(config, batch.user_hash, batch.history_values, batch.history_offsets, context)
 
     def _drawn(self, num_rows: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Which rows the weights learn from, and which are tested; the first does not depend on the second."""
-        order = np.random.default_rng([self.learner.training.seed, self.learner.num_steps, 2]).permutation(num_rows)
-        place = np.argsort(order)
+        """Which rows the weights learn from, and which are tested; the first does not depend on the second.
+
+        As many as can be come from one part, drawn at random: a part in which nothing is drawn costs no pass over all
+        items.
+        """
+        random = np.random.default_rng([self.learner.training.seed, self.learner.num_steps, 2])
+        of_part = np.arange(num_rows) // self.refresh_clicks
+        elsewhere = of_part != of_part[random.integers(num_rows)]
+        place = np.empty(num_rows, np.int64)
+        place[np.lexsort((random.random(num_rows), elsewhere))] = np.arange(num_rows)
         weighed = place < (WEIGHED_ROWS if self.score.adapts else 0)
         return weighed, place < (self.tested_rows if self.evaluation is not None else 0)
 
