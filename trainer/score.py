@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from trainer.contract import log_history
 from trainer.features import Float32Array, Int64Array
@@ -115,9 +116,9 @@ class ServedScore:
         gradient = np.zeros(self.weights.size)
         num_best = min(NUM_BEST, scores.shape[1])
         basis = log_histories(history_length)
-        for i in range(len(scores)):
-            best = np.argpartition(-scores[i], num_best - 1)[:num_best]
-            best = best[scores[i, best] > -np.inf]
+        best_of = torch.from_numpy(scores).topk(num_best, dim=1, sorted=False).indices.numpy()
+        for i, best_found in enumerate(best_of):
+            best = best_found[scores[i, best_found] > -np.inf]
             place = np.flatnonzero(best == target[i])
             if len(place) == 0 or len(best) < 2:
                 continue

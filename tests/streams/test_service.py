@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -274,7 +277,9 @@ def test_a_signal_ends_it_within_ten_seconds_even_if_the_broker_is_gone() -> Non
 
 
 def test_a_kafka_that_goes_away_before_the_first_fetch_is_a_missing_dependency(tmp_path: Path) -> None:
-    checked = "import sys, streams.__main__ as m; m.ClicksOnBroker.check_topics = lambda self: None; sys.exit(m.main([]))"
+    checked = (
+        "import sys, streams.__main__ as m; m.ClicksOnBroker.check_topics = lambda self: None; sys.exit(m.main([]))"
+    )
     own = {"STREAMTOWER_STREAMS_KAFKA": "127.0.0.1:9", "STREAMTOWER_STREAMS_METRICS_PORT": "0"}
     ended = subprocess.run(
         [sys.executable, "-c", checked], cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, timeout=90
