@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from streams.service import EXIT_DEPENDENCY
 from tests.e2e.chaos.chain import Chain, Member
 from tests.e2e.chaos.verifier import Ledger
 from tests.e2e.chaos.writer import Writer
@@ -211,9 +212,14 @@ class Killer:
             if code not in member.end_codes:
                 self.surprises.append(f"{member.name} ended with {code} after SIGTERM: {member.process.tail()[-1500:]}")
         if not member.told_to_end:
-            self.surprises.append(f"{member.name} ended by itself with {code}: {member.process.tail()[-3000:]}")
+            # What misses its broker while that is down may say so; a supervisor starts it again.
+            if code != EXIT_DEPENDENCY or not self._broker_is_down():
+                self.surprises.append(f"{member.name} ended by itself with {code}: {member.process.tail()[-3000:]}")
             member.told_to_end = True
             self._later(0.5, lambda: self._start_again(member))
+
+    def _broker_is_down(self) -> bool:
+        return any(found.member.kind == "broker" and found.recovered is None for found in self.disturbances)
 
     def _is_recovered(self, found: Disturbance, learnt: list[int]) -> bool:
         member = found.member
