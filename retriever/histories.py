@@ -140,6 +140,7 @@ class HistoryFollower:
             | {
                 "group.id": "streamtower-retriever",  # the library wants one; nothing is joined or committed
                 "enable.auto.commit": False,
+                "check.crcs": True,
                 "enable.partition.eof": True,
                 "auto.offset.reset": "earliest",
                 "queued.max.messages.kbytes": 16_384,

@@ -202,14 +202,10 @@ class _CommitMonitor(faust.Monitor):  # type: ignore[misc]
 
 def _credentials(settings: StreamsSettings) -> faust.types.CredentialsT | None:
     protocol = settings.kafka_security_protocol
-    try:
-        context = ssl.create_default_context(cafile=settings.kafka_ca_file) if protocol.endswith("SSL") else None
-    except OSError as error:
-        raise ConfigurationError([f"kafka_ca_file {settings.kafka_ca_file!r} cannot be read: {error}"]) from error
+    context = ssl.create_default_context(cafile=settings.kafka_ca_file) if protocol.endswith("SSL") else None
     if protocol.startswith("SASL"):
         password = settings.kafka_password
-        if not settings.kafka_username or not password:
-            raise ConfigurationError([f"{protocol} needs kafka_username and kafka_password"])
+        assert password is not None  # else the settings would have been refused
         return faust.SASLCredentials(
             username=settings.kafka_username,
             password=password.get_secret_value(),

@@ -46,6 +46,7 @@ class ClicksOnBroker:
             **config,
             "group.id": group,
             "enable.auto.commit": False,
+            "check.crcs": True,
             "auto.offset.reset": "earliest",
             "isolation.level": "read_uncommitted",  # as Faust's consumer reads
             "enable.partition.eof": True,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import ssl
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import structlog
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -74,6 +75,20 @@ class KafkaSettings(BaseSettings):
     """SASL password."""
     topic_prefix: str = Field("", pattern=r"^[A-Za-z0-9._-]{0,100}$")
     """Put before every topic name, so that several Streamtowers can use one broker."""
+
+    @model_validator(mode="after")
+    def _security_is_whole(self) -> Self:
+        problems = []
+        if self.kafka_security_protocol.startswith("SASL") and not (self.kafka_username and self.kafka_password):
+            problems.append(f"{self.kafka_security_protocol} needs kafka_username and kafka_password")
+        if self.kafka_ca_file:
+            try:
+                ssl.create_default_context(cafile=self.kafka_ca_file)
+            except OSError as error:
+                problems.append(f"kafka_ca_file {self.kafka_ca_file!r} cannot be read: {error}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     def confluent_config(self) -> dict[str, Any]:
         """What a confluent-kafka client needs to connect."""

@@ -60,7 +60,7 @@ def exit_codes() -> Iterator[None]:
         fail(str(error), EXIT_FAILURE)
     except ValidationError as error:
         prefix = str(ConnectionSettings.model_config["env_prefix"])
-        problems = [f"{prefix}{str(p['loc'][0]).upper()}: {p['msg']}" for p in error.errors()]
+        problems = [f"{prefix}{str((*p['loc'], 'kafka')[0]).upper()}: {p['msg']}" for p in error.errors()]
         fail("; ".join(problems), EXIT_CONFIGURATION)
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None

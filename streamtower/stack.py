@@ -29,7 +29,7 @@ NUM_PARTITIONS = 2
 READY_SECONDS = 60.0
 BROKER_SECONDS = 10.0
 """For the broker to answer."""
-END_SECONDS = 7.0
+END_SECONDS = 5.0
 """For the services, all at once; broker and index then take a moment more, ten seconds in all."""
 PORTS = {"streams": 9101, "trainer": 9102, "retriever": 8080}
 """Wished ports: metrics, metrics, HTTP."""

@@ -153,6 +153,7 @@ class KafkaSource:
                 **self._config,
                 "group.id": f"{topics.prefix}trainer",
                 "enable.auto.commit": False,
+                "check.crcs": True,
                 "enable.auto.offset.store": False,
                 # Where retention has cut off what was not learnt yet. The gap is counted by source offsets.
                 "auto.offset.reset": "earliest",

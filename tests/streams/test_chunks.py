@@ -69,7 +69,7 @@ class Worker:
         while True:
             try:
                 entry = pickle.load(stream)
-            except EOFError:
+            except (EOFError, pickle.UnpicklingError):  # the last one is being written
                 return found
             if entry["kind"] == kind:
                 found.append(entry)

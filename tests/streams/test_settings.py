@@ -102,4 +102,4 @@ def test_a_certificate_is_checked_against_the_broker() -> None:
 )
 def test_credentials_that_cannot_work_are_a_problem_of_configuration(values: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        _credentials(StreamsSettings(**values))  # type: ignore[arg-type]
+        load_settings(StreamsSettings, {}, **values)
