@@ -139,11 +139,12 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
     """
     import torch
 
-    from trainer.checkpoint import Checkpoints, Progress
+    from trainer.checkpoint import Checkpoints
     from trainer.guard import Guard
     from trainer.index import Index, new_client
     from trainer.loop import Loop
     from trainer.model import new_model
+    from trainer.progress import Progress
     from trainer.publish import Publisher
     from trainer.rollout import PublishSettings, Rollout
     from trainer.source import KafkaSource

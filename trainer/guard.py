@@ -17,8 +17,8 @@ import structlog
 from trainer.metrics import Metrics
 
 if TYPE_CHECKING:
-    from trainer.checkpoint import Progress
     from trainer.evaluate import Prequential
+    from trainer.progress import Progress
 
 Danger = Literal["non_finite", "norm", "recall"]
 WARM_UP = 100

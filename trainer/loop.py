@@ -15,10 +15,11 @@ import structlog
 
 from streams.contract import MicroBatch
 from trainer.catalogue import Catalogue
-from trainer.checkpoint import Checkpoints, Progress
+from trainer.checkpoint import Checkpoints
 from trainer.guard import Guard
 from trainer.metrics import Metrics
 from trainer.model import Model
+from trainer.progress import Progress
 from trainer.publish import Publisher
 from trainer.source import Delivery, Poll, Source
 from trainer.step import Learner, NonFiniteError

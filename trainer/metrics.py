@@ -24,8 +24,8 @@ from streams.contract import Float64Array
 
 if TYPE_CHECKING:
     from trainer.catalogue import Catalogue
-    from trainer.checkpoint import Progress
     from trainer.evaluate import Prequential
+    from trainer.progress import Progress
 
 CUTOFFS = (10, 100)
 """The K of recall at K."""

@@ -35,13 +35,13 @@ import numpy as np
 import structlog
 
 from streams.contract import Float32Array, Int64Array
-from trainer.checkpoint import Progress
 from trainer.contract import Manifest, collection_name
 from trainer.covisit import SMOOTHING
 from trainer.freshness import Freshness
 from trainer.index import CollectionGoneError, IndexAwayError, Points, PublishStoppedError, joined_vectors
 from trainer.metrics import Metrics
 from trainer.model import Model
+from trainer.progress import Progress
 from trainer.rollout import Copy, Delta, Done, Filled, Rollout, Version
 
 GATHER_ITEMS = 8_192

@@ -35,9 +35,9 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient
 
 from streams.contract import ContractError, MicroBatch, Topics
-from trainer.checkpoint import Positions
 from trainer.item_events import ItemChange, decode_item_change
 from trainer.metrics import Metrics
+from trainer.progress import Positions
 
 RetentionExpired = Literal["fail", "earliest", "latest"]
 PROBE_SECONDS = 2.0

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from streams.contract import MicroBatch
-from trainer.checkpoint import Positions
 from trainer.item_events import ItemChange
+from trainer.progress import Positions
 from trainer.source import Delivery, Poll
 
 ITEMS = -1

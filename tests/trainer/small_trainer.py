@@ -11,7 +11,7 @@ from typing import Any
 from streams.contract import MicroBatch
 from tests.trainer.list_source import ListSource
 from trainer.catalogue import Catalogue
-from trainer.checkpoint import Checkpoints, Progress
+from trainer.checkpoint import Checkpoints
 from trainer.covisit import Covisit
 from trainer.evaluate import Prequential
 from trainer.freshness import Freshness
@@ -20,6 +20,7 @@ from trainer.item_events import ItemChange
 from trainer.loop import Loop
 from trainer.metrics import Metrics
 from trainer.model import Model
+from trainer.progress import Progress
 from trainer.score import ServedScore
 from trainer.step import Learner
 from trainer.towers import Feature, ItemFeatures, TowerConfig

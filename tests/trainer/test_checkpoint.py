@@ -14,9 +14,10 @@ import torch
 
 from tests.trainer.small_trainer import IDENTITY, Trainer
 from tests.trainer.streams_of_clicks import click_stream
-from trainer.checkpoint import CheckpointError, Checkpoints, Positions, Progress, State
+from trainer.checkpoint import CheckpointError, Checkpoints, State
 from trainer.item_events import ItemChange
 from trainer.metrics import Metrics
+from trainer.progress import Positions, Progress
 
 
 def new_checkpoints(directory: Path, **values: object) -> Checkpoints:

@@ -17,7 +17,6 @@ from streams.contract import hash_id, hash_ids
 from tests.trainer.gate import Gate
 from tests.trainer.small_trainer import CONFIG, TRAINING
 from trainer.catalogue import Catalogue
-from trainer.checkpoint import Progress
 from trainer.contract import (
     COVISIT,
     DENSE,
@@ -34,6 +33,7 @@ from trainer.index import Index, IndexAwayError, Points, new_client
 from trainer.item_events import ItemChange
 from trainer.metrics import Metrics
 from trainer.model import Model
+from trainer.progress import Progress
 from trainer.publish import Publisher
 from trainer.rollout import PublishSettings, Rollout
 from trainer.score import ServedScore

@@ -14,9 +14,9 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from streams.contract import ItemEvent, MicroBatch, Topics, encode_event
 from tests.trainer.streams_of_clicks import click_stream, micro_batch
-from trainer.checkpoint import Positions
 from trainer.item_events import ItemChange
 from trainer.metrics import Metrics
+from trainer.progress import Positions
 from trainer.source import (
     BrokenRecordError,
     Delivery,

@@ -16,8 +16,8 @@ from tests.fixtures.kafka import topics_on
 from tests.trainer.small_trainer import Trainer
 from tests.trainer.streams_of_clicks import click_stream
 from tests.trainer.test_source import DEADLINE_SECONDS, Broker, deliveries, read
-from trainer.checkpoint import Positions
 from trainer.metrics import Metrics
+from trainer.progress import Positions
 from trainer.source import KafkaSource, RetentionExpiredError
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
