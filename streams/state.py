@@ -82,7 +82,7 @@ class PartitionState:
     def without_duplicates(self, clicks: Clicks) -> Clicks:
         """The clicks to learn: those whose event id is not in the window. To be called once, before they are learnt."""
         if self.reads_event_ids and not (is_first := self.events.first_seen(clicks.event_hash)).all():
-            return clicks.where(is_first)
+            return clicks.take(np.flatnonzero(is_first))
         return clicks
 
     def learn(self, clicks: Clicks, next_offset: int) -> Learnt:

@@ -118,20 +118,20 @@ class Clicks:
             event_hash=self.event_hash[start:stop],
         )
 
-    def where(self, kept: BoolArray) -> Clicks:
-        """The rows for which bool [n] says so."""
-        rows = np.flatnonzero(kept).tolist()
+    def take(self, rows: Int64Array) -> Clicks:
+        """These rows, in this order."""
+        numbers = rows.tolist()
         return Clicks(
-            offset=self.offset[kept],
-            user_id=[self.user_id[row] for row in rows],
-            item_id=[self.item_id[row] for row in rows],
-            user_hash=self.user_hash[kept],
-            item_hash=self.item_hash[kept],
-            event_time=self.event_time[kept],
-            ingest_time=self.ingest_time[kept],
-            reward=self.reward[kept],
-            context=[self.context[row] for row in rows],
-            event_hash=self.event_hash[kept],
+            offset=self.offset[rows],
+            user_id=[self.user_id[row] for row in numbers],
+            item_id=[self.item_id[row] for row in numbers],
+            user_hash=self.user_hash[rows],
+            item_hash=self.item_hash[rows],
+            event_time=self.event_time[rows],
+            ingest_time=self.ingest_time[rows],
+            reward=self.reward[rows],
+            context=[self.context[row] for row in numbers],
+            event_hash=self.event_hash[rows],
         )
 
     @classmethod

@@ -251,7 +251,7 @@ def hold_out(
     for cut in cuts:
         rows = np.arange(start, start + len(cut.clicks))
         learnt_rows, held_out_rows = rows[~is_held_out[rows]], rows[is_held_out[rows]]
-        chosen = _rows_of(clicks, learnt_rows)
+        chosen = clicks.take(learnt_rows)
         learnt = state.learn(chosen, cut.next_offset)
         train = micro_batch(PARTITION, replace(cut, clicks=chosen), learnt) if len(chosen) else None
         test = None
@@ -259,27 +259,12 @@ def hold_out(
             lengths = np.diff(offsets)[held_out_rows]
             ends = np.concatenate([[0], np.cumsum(lengths)])
             picked = np.repeat(offsets[held_out_rows] - ends[:-1], lengths) + np.arange(ends[-1])
-            chosen = _rows_of(clicks, held_out_rows)
+            chosen = clicks.take(held_out_rows)
             share = state.estimator.sampling_probability(chosen.item_hash)
             test = micro_batch(PARTITION, replace(cut, clicks=chosen), Learnt(values[picked], ends, share))
         pairs.append((train, test))
         start += len(cut.clicks)
     return pairs
-
-
-def _rows_of(clicks: Clicks, rows: Int64Array) -> Clicks:
-    return Clicks(
-        offset=clicks.offset[rows],
-        user_id=[clicks.user_id[row] for row in rows],
-        item_id=[clicks.item_id[row] for row in rows],
-        user_hash=clicks.user_hash[rows],
-        item_hash=clicks.item_hash[rows],
-        event_time=clicks.event_time[rows],
-        ingest_time=clicks.ingest_time[rows],
-        reward=clicks.reward[rows],
-        context=[clicks.context[row] for row in rows],
-        event_hash=clicks.event_hash[rows],
-    )
 
 
 def _column(stream: Stream, name: str) -> npt.NDArray[Any]:
