@@ -22,8 +22,8 @@ import pytest
 
 from streams.service import EXIT_CONFIGURATION, EXIT_DEPENDENCY
 from streamtower.dev.index.process import LocalIndex
+from tests.fixtures.secured_kafka import PASSWORD, ApacheKafka
 from tests.retriever.running import Wire
-from tests.streams.test_service_on_apache import PASSWORD, ApacheKafka
 
 ROOT = Path(__file__).parent.parent.parent
 QDRANT_KEY, API_KEY, FILE_KEY = "the-secret-of-qdrant", "the-secret-of-callers", "the-other-secret-of-callers"
@@ -111,25 +111,13 @@ def without_secrets(*texts: str) -> bool:
     return not any(secret in text for text in texts for secret in SECRETS)
 
 
-@pytest.fixture(scope="module")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApacheKafka]:
-    if not (home := os.environ.get("STREAMTOWER_KAFKA_HOME")):
-        pytest.skip("STREAMTOWER_KAFKA_HOME is unset: no Apache Kafka to start here")
-    node = ApacheKafka(Path(home).resolve(), tmp_path_factory.mktemp("apache"))
-    node.start()
-    try:
-        yield node
-    finally:
-        node.kill()
-
-
 @pytest.mark.broker
 @pytest.mark.index
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_behind_tls_passwords_and_keys_the_whole_chain_works_and_tells_no_secret(
-    kafka: ApacheKafka, tmp_path: Path
+    secured_kafka: ApacheKafka, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text(FILE_KEY)
@@ -139,12 +127,12 @@ def test_behind_tls_passwords_and_keys_the_whole_chain_works_and_tells_no_secret
     with (
         ExitStack() as exits,
         started(members),
-        closing(TlsWire(index.url, kafka.certificate, kafka.certificate.with_name("key.pem"))) as wire,
+        closing(TlsWire(index.url, secured_kafka.certificate, secured_kafka.certificate.with_name("key.pem"))) as wire,
     ):
         exits.callback(index.stop)
         secured = {
-            "KAFKA": kafka.tls_bootstrap, "KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_USERNAME": "app",
-            "KAFKA_CA_FILE": str(kafka.certificate), "KAFKA_PASSWORD": PASSWORD, "TOPIC_PREFIX": "secured-",
+            "KAFKA": secured_kafka.tls_bootstrap, "KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_USERNAME": "app",
+            "KAFKA_CA_FILE": str(secured_kafka.certificate), "KAFKA_PASSWORD": PASSWORD, "TOPIC_PREFIX": "secured-",
         }  # fmt: skip
         index_is = {"QDRANT": wire.url, "QDRANT_API_KEY": QDRANT_KEY, "MODEL_DIR": str(tmp_path / "models")}
         own = {
@@ -157,7 +145,7 @@ def test_behind_tls_passwords_and_keys_the_whole_chain_works_and_tells_no_secret
         def environment(service: str, **other: str) -> dict[str, str]:
             values = secured | own[service.upper()] | other
             made = {f"STREAMTOWER_{service.upper()}_{name}": value for name, value in values.items()}
-            return made | {"SSL_CERT_FILE": str(kafka.certificate)}
+            return made | {"SSL_CERT_FILE": str(secured_kafka.certificate)}
 
         def command(*arguments: str) -> Member:
             made = Member(tmp_path, "streamtower", *arguments, **environment("streams"))
