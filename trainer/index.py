@@ -42,6 +42,14 @@ class CollectionGoneError(Exception):
     """The collection or the alias that should be there is not: a new version has to be published."""
 
 
+class CanaryError(IndexAwayError):
+    """A version was filled, and searches in it find too little of what it holds."""
+
+    def __init__(self, version: int, recall: float, least: float) -> None:
+        super().__init__(f"version {version} finds {recall:.4f} of the exact best items, and should find {least:g}")
+        self.recall = recall
+
+
 class PublishStoppedError(Exception):
     """The process is about to end."""
 
@@ -185,6 +193,23 @@ class Index:
         """Exact number of points of a version."""
         name = collection_name(self.alias, version)
         return int(self._call(lambda: self._client.count(name, exact=True)).count)
+
+    def best(self, version: int, queries: Float32Array, limit: int, *, exact: bool) -> list[list[tuple[int, float]]]:
+        """Point ids and scores of the best by `dense` for each of [n, D + H] queries, best first.
+
+        Args:
+            version: whose collection is searched.
+            queries: a few; all go into one call.
+            limit: most hits of each.
+            exact: past every approximation, or with the collection's own parameters.
+        """
+        params = models.SearchParams(exact=True) if exact else None
+        requests = [
+            models.QueryRequest(query=query, using=DENSE, limit=limit, params=params) for query in queries.tolist()
+        ]
+        name = collection_name(self.alias, version)
+        answers = self._call(lambda: self._client.query_batch_points(name, requests))
+        return [[(int(point.id), point.score) for point in answer.points] for answer in answers]
 
     def switch(self, version: int) -> None:
         """Makes the alias name this version: in one call, so that there is always one."""

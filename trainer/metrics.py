@@ -156,6 +156,14 @@ class Metrics:
             "kind",
         )
         self.publish_failures = counter("publish_failures_total", "Publishes given up after all attempts.", "kind")
+        self.canary_recall = gauge(
+            "canary_recall_ratio",
+            "Share of the exact best 100 items of canary queries that the newest version finds with its collection's "
+            "own parameters, mean over canary_queries queries of invented users; 0 before the first.",
+        )
+        self.canary_failures = counter(
+            "canary_failures_total", "Versions that did not go live because their canary_recall_ratio was too low."
+        )
         self.qdrant_retries = counter("qdrant_retries_total", "Calls to Qdrant repeated after an error that may pass.")
         self.index_version = gauge("index_version", "Number of the live version; 0 before the first of this process.")
         self.index_version_timestamp = gauge(

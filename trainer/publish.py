@@ -5,9 +5,9 @@ between two micro-batches, so that they fit together; what waits happens on thre
 learning goes on. It decides no score: vectors and weights are in the Manifest.
 
 **Full publish** = a new model version. A copy of both towers and of every item is taken; a new collection is filled,
-its number above all that ever were; the items touched meanwhile are caught up on; the points are counted; the version's
-directory (query tower, Manifest) is put in place; the alias is switched. Until then readers see nothing of it. What a
-cut-off publish leaves behind is removed before the next one.
+its number above all that ever were; the items touched meanwhile are caught up on; the points are counted; canary
+queries find enough of what exact search finds; the version's directory (query tower, Manifest) is put in place; the
+alias is switched. Until then readers see nothing of it. What a cut-off publish leaves is removed before the next one.
 When: as soon as there is an item, also after a restart: a process writes only into collections that it has filled
 itself, so that nothing that an earlier process still has under way can reach the live one. Then after
 `first_publish_interval_seconds`, then after twice as long each time up to `full_publish_interval_seconds`, because the
@@ -38,7 +38,7 @@ from streams.contract import Float32Array, Int64Array
 from trainer.contract import Manifest, collection_name
 from trainer.covisit import SMOOTHING
 from trainer.freshness import Freshness
-from trainer.index import CollectionGoneError, IndexAwayError, Points, PublishStoppedError, joined_vectors
+from trainer.index import CanaryError, CollectionGoneError, IndexAwayError, Points, PublishStoppedError, joined_vectors
 from trainer.metrics import Metrics
 from trainer.model import Model
 from trainer.progress import Progress
@@ -231,6 +231,8 @@ class Publisher:
         self._acknowledged(done, "full")
         self._metrics.index_version.set(version.number)
         self._metrics.index_version_timestamp.set(version.created_at)
+        if done.canary_recall is not None:
+            self._metrics.canary_recall.set(done.canary_recall)
         interval = min(
             self._settings.first_publish_interval_seconds * 2.0 ** min(self._num_full, 30),
             self._settings.full_publish_interval_seconds,
@@ -258,6 +260,11 @@ class Publisher:
             self._failures[kind] += 1
             pause = min(2.0 ** min(self._failures[kind] - 1, 30), LONGEST_PAUSE_SECONDS)
             self._metrics.publish_failures.labels(kind).inc()
+            if isinstance(error, CanaryError):
+                # It went all the way: no less time to the next attempt than to the next version.
+                pause = max(pause, 4 * (now - self._full_started))
+                self._metrics.canary_failures.inc()
+                self._metrics.canary_recall.set(error.recall)
             log.warning("publish failed", kind=kind, error=str(error), next_attempt_seconds=pause)
             if kind == "full":
                 self._full_due = now + pause

@@ -16,9 +16,10 @@ import structlog
 import torch
 
 from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array
+from trainer.canary import LIMIT, canary_queries, recall_of
 from trainer.contract import Manifest, collection_name
 from trainer.covisit import Covisit, SparseVectors
-from trainer.index import CollectionGoneError, Index, IndexAwayError, Points, joined_vectors
+from trainer.index import CanaryError, CollectionGoneError, Index, IndexAwayError, Points, joined_vectors
 from trainer.towers import ItemInputs, ItemTower, QueryTower
 from trainer.versions import Versions
 
@@ -35,6 +36,8 @@ class PublishSettings:
     publish_batch_points: int = 500
     hnsw_from_items: int = 200_000
     green_seconds: float = 300.0
+    canary_queries: int = 32
+    canary_recall: float = 0.9
     keep_versions: int = 2
     popularity_scale: float = 20.0
     settings_hash: str = ""
@@ -107,6 +110,8 @@ class Done:
     seconds: float
     acknowledged_at: float
     """Seconds since the epoch."""
+    canary_recall: float | None = None
+    """Of a full publish, where canary queries are asked."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +164,12 @@ class Rollout:
         if (found := self.index.count(number)) != len(wanted):
             raise IndexAwayError(f"version {number} has {found} points and should have {len(wanted)}")
         names = {"model_version": number, "collection": collection_name(self.index.alias, number)}
-        self.versions.write(msgspec.structs.replace(filled.copy.manifest, **names), filled.copy.query_tower)
+        manifest = msgspec.structs.replace(filled.copy.manifest, **names)
+        recall = self._ask_canaries(manifest, filled.copy.query_tower, wanted)
+        self.versions.write(manifest, filled.copy.query_tower)
         self.index.switch(number)
         num_points = len(filled.points) + len(catch_up.points)
-        done = Done(catch_up.step, num_points, self.rising() - filled.started, self.clock())
+        done = Done(catch_up.step, num_points, self.rising() - filled.started, self.clock(), recall)
         try:
             self._remove_old(number)
         except (IndexAwayError, CollectionGoneError) as error:
@@ -182,6 +189,17 @@ class Rollout:
             self.index.delete(number, delta.gone, delta.step)
         for batch in delta.points.batches(self.settings.publish_batch_points):
             self.index.upsert(number, batch, delta.step)
+
+    def _ask_canaries(self, manifest: Manifest, query_tower: QueryTower, item_hash: UInt64Array) -> float | None:
+        """Recall of the version's own way of searching. Raises CanaryError where that is too low."""
+        if not self.settings.canary_queries or not len(item_hash):
+            return None
+        queries = canary_queries(manifest, query_tower, item_hash, self.settings.canary_queries)
+        found, exact = (self.index.best(manifest.model_version, queries, LIMIT, exact=e) for e in (False, True))
+        recall = recall_of(found, exact)
+        if recall < self.settings.canary_recall:
+            raise CanaryError(manifest.model_version, recall, self.settings.canary_recall)
+        return recall
 
     def _remove_unfinished(self, live: int | None) -> None:
         """Removes what cut-off publishes left: above the live version, or without a directory."""

@@ -95,6 +95,12 @@ class TrainerSettings(KafkaSettings):
     """From this many items on a version gets an HNSW graph; below, searches are exact."""
     green_seconds: float = Field(300.0, gt=0, le=86_400)
     """Longest time for Qdrant to index a new version before it is given up, in seconds."""
+    canary_queries: int = Field(32, ge=0, le=1_000)
+    """Queries of invented users that are asked of a new version before it goes live, as it would be searched and
+    exactly; 0: none."""
+    canary_recall: float = Field(0.9, ge=0, le=1)
+    """Share of the exact best 100 items that canary queries must find with the collection's own parameters; a version
+    that finds less does not go live."""
     payload_indexes: dict[str, PayloadIndex] = Field(default_factory=dict)
     """JSON object of payload fields that queries filter by: name → keyword, integer, float, bool or datetime."""
     popularity_scale: float = Field(20.0, gt=0, le=1e6)

@@ -387,6 +387,65 @@ def test_a_cut_off_publish_is_invisible_and_cleaned_up_at_the_next_start(new: Ca
     assert sorted(path.name for path in third.model_dir.iterdir()) == ["v00000001", "v00000003"]
 
 
+def cut_off(name: str) -> type[Index]:
+    """An index whose process dies, as far as it is concerned, in this call."""
+
+    class CutOff(Index):
+        pass
+
+    def die(self: Index, *values: object, **more: object) -> object:
+        raise IndexAwayError("cut off")
+
+    setattr(CutOff, name, die)
+    return CutOff
+
+
+@pytest.mark.parametrize("call", ["create", "upsert", "wait_until_green", "count", "best", "switch"])
+def test_cut_off_anywhere_it_leaves_the_served_version_and_the_next_start_cleans_up(
+    new: Callable[..., Publishing], call: str
+) -> None:
+    first = new()
+    first.click(*[f"i{n}" for n in range(10)])
+    first.settle()
+    served = first.points()
+    second = new(index_class=cut_off(call), progress=Progress(model_version=1))
+    second.click(*[f"i{n}" for n in range(20)])
+    second.until(lambda: second.value("publish_failures_total", kind="full"))
+    assert first.collection() == collection_name(first.alias, 1) and first.points() == served
+    third = new()
+    third.click("a", "b")
+    third.settle()
+    assert third.live is not None and third.points().keys() == {"a", "b"}
+    assert third.collections() == [collection_name(first.alias, version) for version in (1, third.live)]
+    assert sorted(path.name for path in third.model_dir.iterdir()) == ["v00000001", f"v{third.live:08d}"]
+
+
+class HalfBlind(Index):
+    """Its approximate searches find every second of the best."""
+
+    def best(self, version: int, queries: np.ndarray, limit: int, *, exact: bool) -> list[list[tuple[int, float]]]:
+        found = super().best(version, queries, limit, exact=exact)
+        return found if exact else [hits[::2] for hits in found]
+
+
+def test_a_version_that_does_not_find_what_it_holds_does_not_go_live(new: Callable[..., Publishing]) -> None:
+    first = new()
+    first.click(*[f"i{n}" for n in range(10)])
+    first.settle()
+    assert first.value("canary_recall_ratio") == 1.0 and first.value("canary_failures_total") == 0
+    served = first.points()
+    second = new(index_class=HalfBlind, progress=Progress(model_version=1))
+    second.click(*[f"i{n}" for n in range(20)])
+    second.until(lambda: second.value("canary_failures_total"))
+    assert second.value("canary_recall_ratio") == 0.5
+    assert second.value("publish_failures_total", kind="full") == 1
+    assert first.collection() == collection_name(first.alias, 1) and first.points() == served
+    content = new(index_class=HalfBlind, settings=PublishSettings(canary_recall=0.5))
+    content.click(*[f"i{n}" for n in range(20)])
+    content.settle()
+    assert content.live == 3 and content.value("canary_failures_total") == 0
+
+
 def test_a_version_with_points_missing_does_not_go_live(new: Callable[..., Publishing]) -> None:
     class Lossy(Index):
         def upsert(self, version: int, points: Points, step: int) -> None:

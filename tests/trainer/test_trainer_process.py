@@ -23,7 +23,7 @@ from streams.contract import ItemEvent, MicroBatch, Topics, encode_event
 from streams.service import EXIT_BUG, EXIT_CONFIGURATION, EXIT_DEPENDENCY, load_settings
 from tests.trainer.streams_of_clicks import micro_batch
 from trainer.checkpoint import Checkpoints, State
-from trainer.contract import load_manifest, version_directory
+from trainer.contract import collection_name, load_manifest, model_version_of, version_directory
 from trainer.index import new_client
 from trainer.metrics import Metrics
 from trainer.settings import TrainerSettings
@@ -118,6 +118,16 @@ class Bench:
         checkpoints.close()
         assert state is not None
         return state
+
+    def versions(self) -> list[int]:
+        names = [collection.name for collection in self.client.get_collections().collections]
+        return sorted(version for name in names if (version := model_version_of(self.alias, name)) is not None)
+
+    def live_version(self) -> int:
+        (name,) = (a.collection_name for a in self.client.get_aliases().aliases if a.alias_name == self.alias)
+        version = model_version_of(self.alias, name)
+        assert version is not None
+        return version
 
     def served(self) -> set[str]:
         if self.alias not in {entry.alias_name for entry in self.client.get_aliases().aliases}:
@@ -214,6 +224,33 @@ def test_rolled_back_it_publishes_again_what_it_learns_after_the_clicks_that_spo
     assert running.end() == 0
     progress = bench.checkpoint().progress
     assert (progress.learnt, progress.clicks_learnt) == ({0: 3 * ROWS}, 2 * ROWS)
+
+
+def test_killed_while_it_publishes_it_leaves_the_served_version_and_cleans_up_at_the_next_start(bench: Bench) -> None:
+    for number in range(20):
+        bench.send(unique_clicks(number, 0))
+    # A call for every point: long enough a publish to be killed in its middle. No deltas.
+    running = bench.start(publish_batch_points="1", publish_interval_seconds="3600", canary_queries="0")
+    running.wait_ready()
+    wait_for(lambda: len(bench.served()) == 20 * ROWS)
+
+    def being_filled() -> int | None:
+        versions = bench.versions()
+        newer = [version for version in versions if version > bench.live_version()]
+        return newer[0] if newer and bench.client.count(collection_name(bench.alias, newer[0])).count else None
+
+    unfinished = wait_for(being_filled)
+    running.end(signal.SIGKILL)
+    live = bench.live_version()
+    assert live < unfinished and unfinished in bench.versions()
+    assert 0 < bench.client.count(collection_name(bench.alias, unfinished)).count < 20 * ROWS
+    assert len(bench.served()) == 20 * ROWS
+    assert not version_directory(bench.directory / "models", unfinished).exists()
+    running = bench.start()
+    running.wait_ready()
+    wait_for(lambda: running.metric("index_version") > unfinished)
+    assert unfinished not in bench.versions() and len(bench.served()) == 20 * ROWS
+    assert running.end() == 0
 
 
 def test_a_record_that_breaks_the_contract_ends_it_as_a_bug(bench: Bench) -> None:
