@@ -27,9 +27,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numba
@@ -61,12 +60,6 @@ class SparseVectors:
         offsets = self.offsets[start : stop + 1]
         entries = slice(offsets[0], offsets[-1])
         return SparseVectors(self.indices[entries], self.values[entries], offsets - offsets[0])
-
-    def lists(self) -> Iterator[tuple[list[int], list[float]]]:
-        """Indices and values of each vector."""
-        indices, values = self.indices.tolist(), self.values.tolist()
-        for start, stop in pairwise(self.offsets.tolist()):
-            yield indices[start:stop], values[start:stop]
 
 
 class Covisit:

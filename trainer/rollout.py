@@ -6,9 +6,10 @@ copies alone: nothing here sees the catalogue, the learner or the progress.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import numpy as np
@@ -123,6 +124,11 @@ class Rollout:
     settings: PublishSettings
     clock: Callable[[], float] = time.time
     rising: Callable[[], float] = time.monotonic
+    no_delta: threading.Event = field(default_factory=threading.Event)
+    """Set while no delta is being written."""
+
+    def __post_init__(self) -> None:
+        self.no_delta.set()
 
     def fill(self, taken: Copy) -> Filled:
         """Fills a new collection with every item of the copy."""
@@ -150,6 +156,8 @@ class Rollout:
                 taken.sparse_vectors(part),
             )
             for batch in points.batches(self.settings.publish_batch_points):
+                # Deltas go first: clicks wait for them. Only so long, or deltas without a gap would stop versions.
+                self.no_delta.wait(self.settings.publish_interval_seconds)
                 self.index.upsert(number, batch, version.step)
             done += len(embedding)
         points = replace(taken.points, vectors=np.concatenate(embedded))
@@ -179,9 +187,13 @@ class Rollout:
     def publish_delta(self, version: Version, delta: Delta) -> Done:
         """Writes a delta into a live version."""
         started = self.rising()
-        if self.index.live_version() is None:
-            raise CollectionGoneError(f"there is no alias {self.index.alias}")
-        self._write(version.number, delta)
+        self.no_delta.clear()
+        try:
+            if self.index.live_version() is None:
+                raise CollectionGoneError(f"there is no alias {self.index.alias}")
+            self._write(version.number, delta)
+        finally:
+            self.no_delta.set()
         return Done(delta.step, len(delta.points), self.rising() - started, self.clock())
 
     def _write(self, number: int, delta: Delta) -> None:

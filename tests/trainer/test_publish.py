@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -81,12 +81,12 @@ class Publishing:
             ItemFeatures(CONFIG), embedding_dim=CONFIG.embedding_dim, half_life_clicks=100, further_half_lives=[10.0]
         )
         self.learner = Learner(CONFIG, TRAINING, self.catalogue.inputs)
-        rollout = Rollout(self.index, Versions(self.model_dir), self.settings, self.clock, self.clock)
+        self.rollout = Rollout(self.index, Versions(self.model_dir), self.settings, self.clock, self.clock)
         self.score = ServedScore(2)
         self.score.weights = np.array([[1.3, 0.2], [0.7, -0.1], [0.4, 0.3], [0.9, 0.25]])
         self.covisit = Covisit(6)
         self.model = Model(self.catalogue, self.learner, score=self.score, covisit=self.covisit)
-        self.publisher = Publisher(rollout, self.model, self.progress, self.metrics, stopping=stopping)
+        self.publisher = Publisher(self.rollout, self.model, self.progress, self.metrics, stopping=stopping)
 
     def click(self, *item_ids: str) -> None:
         self.progress.step += 1
@@ -354,6 +354,36 @@ def test_what_is_touched_while_a_version_is_filled_is_in_it_when_it_goes_live(ne
     points = publishing.points()
     assert points.keys() == {"b", "new"}
     assert points["b"].payload == {"item_id": "b", "step": 3}
+
+
+def test_filling_a_version_waits_while_a_delta_is_written(new: Callable[..., Publishing]) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    order: list[int] = []
+
+    class Slow(Index):
+        def upsert(self, version: int, points: Points, step: int) -> None:
+            if version == 1 and step > 1:
+                begun.set()
+                assert go_on.wait(DEADLINE_SECONDS)
+            super().upsert(version, points, step)
+            order.append(version)
+
+    publishing = new(index_class=Slow, settings=replace(SETTINGS, publish_interval_seconds=DEADLINE_SECONDS))
+    publishing.click("a", "b")
+    publishing.until(lambda: publishing.live == 1)
+    order.clear()
+    no_delta, waiting = publishing.rollout.no_delta, threading.Event()
+    wait = no_delta.wait
+    no_delta.wait = lambda timeout=None: (waiting.set(), wait(timeout))[1]  # type: ignore[method-assign]
+    publishing.click("c")
+    publishing.clock.now += DEADLINE_SECONDS
+    publishing.until(begun.is_set)
+    publishing.clock.now += 1_000.0
+    publishing.until(waiting.is_set)
+    assert order == []
+    go_on.set()
+    publishing.until(lambda: publishing.live == 2)
+    assert order[:2] == [1, 2]
 
 
 class Dying(Index):
