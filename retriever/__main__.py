@@ -25,11 +25,13 @@ from pydantic import SecretStr
 
 from retriever.histories import HistoryFollower, HistoryTable
 from retriever.metrics import Metrics
+from retriever.popular import Popular
 from retriever.retrieve import Retriever
 from retriever.search import Index, make_client
 from retriever.service import create_app
 from retriever.settings import RetrieverSettings
 from retriever.versions import Versions
+from retriever.watch import Watch
 from streams.contract import Topics
 from streams.service import EXIT_BUG, ConfigurationError, load_settings, refuse_to_start, set_up_logs
 
@@ -70,6 +72,8 @@ async def _serve(settings: RetrieverSettings, listener: socket.socket) -> int:
     client = make_client(settings.qdrant, key.get_secret_value() if key else None, settings.search_timeout_seconds)
     index = Index(client, metrics, hnsw_ef=settings.hnsw_ef, timeout_seconds=settings.search_timeout_seconds)
     versions = Versions(index, settings.alias, settings.model_dir, metrics)
+    popular = Popular(index, settings.fallback_items) if settings.fallback_items else None
+    watch = Watch(versions, index, metrics, popular)
     histories = HistoryTable(settings.max_users, settings.history_length)
     loop = asyncio.get_running_loop()
 
@@ -99,7 +103,7 @@ async def _serve(settings: RetrieverSettings, listener: socket.socket) -> int:
             return "the users' histories are still being read from Kafka"
         return versions.problem
 
-    app = create_app(settings, Retriever(versions, index, histories, metrics), metrics, not_ready)
+    app = create_app(settings, Retriever(versions, index, histories, metrics, popular), metrics, not_ready)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -111,16 +115,15 @@ async def _serve(settings: RetrieverSettings, listener: socket.socket) -> int:
         )
     )
 
-    async def follow_versions() -> None:
-        said = False
-        while True:
-            await versions.refresh()
-            if not said and versions.served is not None and not_ready() is None:
-                said = True
-                log.info("ready", model_version=versions.served.manifest.model_version)
-            await asyncio.sleep(settings.version_poll_seconds)
+    said = False
 
-    versions_task = asyncio.create_task(follow_versions())
+    def say_ready() -> None:
+        nonlocal said
+        if not said and versions.served is not None and not_ready() is None:
+            said = True
+            log.info("ready", model_version=versions.served.manifest.model_version)
+
+    versions_task = asyncio.create_task(watch.run(settings.version_poll_seconds, say_ready))
     versions_task.add_done_callback(on_done)
     follower.start()
     host, port = listener.getsockname()[:2]

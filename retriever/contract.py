@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +26,10 @@ from streams.contract import MAX_CONTEXT_FEATURES, MAX_ID_BYTES
 
 MAX_K = 1_000
 """Most candidates that one request may ask for."""
+MAX_BATCH = 64
+"""Most requests that one batch may hold."""
+MAX_SIMILAR = 100
+"""Most items that a search for similar ones may begin with."""
 MAX_CONTEXT_TEXT = 4_096
 """Longest text of one context feature, in characters."""
 PROBLEM_JSON = "application/problem+json"
@@ -85,7 +89,7 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
-class CandidatesRequest(Model):
+class QueryRequest(Model):
     """Whom to find items for, and which. At least one of `user_id` and `history` must be there."""
 
     user_id: Id | None = None
@@ -101,15 +105,45 @@ class CandidatesRequest(Model):
     exclude_seen: bool = True
     """Whether the items of the history are left out."""
     popularity: FiniteFloat = Field(1.0, ge=-1, le=2)
-    """Weight of live popularity: 0 pure affinity (long tail), 1 what is clicked next, more: trending."""
+    """Weight of live popularity: 0 pure affinity (long tail), 1 what is clicked next, more: trending; below 0 popular
+    items are pushed down."""
     with_payload: bool = False
     """Whether each candidate comes with its payload."""
 
     @model_validator(mode="after")
-    def _for_somebody(self) -> CandidatesRequest:
+    def _for_somebody(self) -> Self:
         if self.user_id is None and self.history is None:
             raise ValueError("give user_id, history or both; an empty history asks for an unknown user")
         return self
+
+
+class CandidatesRequest(QueryRequest):
+    """Whom to find items for, which, and how they are told."""
+
+    explain: bool = False
+    """Whether each candidate comes with the parts of its score."""
+    diversity: FiniteFloat = Field(0.0, ge=0, le=1)
+    """λ of maximal marginal relevance over the 4 · k best: the next candidate is that of the largest
+    (1 − λ) · score, scaled to 0 … 1 over them, − λ · largest cosine with one taken before. 0: by score alone. Scores
+    stay what they are, so that they no longer fall from one candidate to the next."""
+
+
+class BatchRequest(Model):
+    """Several requests for candidates, answered by one query to Qdrant."""
+
+    requests: list[CandidatesRequest] = Field(min_length=1, max_length=MAX_BATCH)
+    """Each as to /v1/candidates. One that is wrong, or that Qdrant refuses, has the whole batch refused."""
+
+
+class Explanation(Model):
+    """The parts of a score; they sum to it, up to the rounding of 32-bit numbers."""
+
+    affinity: float
+    """Of the query's and the item's embeddings: weight · cosine / temperature."""
+    popularity: float
+    """Of the log-frequencies, at the popularity that was asked for."""
+    covisitation: float
+    """Of the items of the history that are often clicked near this one: weight · ln(1 + co-visitation)."""
 
 
 class Candidate(Model):
@@ -120,7 +154,9 @@ class Candidate(Model):
     """Logit: embedding · cosine / temperature + popularity · log-frequencies + weight · ln(1 + co-visitation), weighed
     as the version's Manifest says. Comparable within one answer alone."""
     payload: dict[str, object] | None = None
-    """What the item's producer stored with it; null unless `with_payload`."""
+    """What the item's producer stored with it; only there with `with_payload`."""
+    explanation: Explanation | None = None
+    """The parts of the score; only there with `explain`."""
 
 
 class CandidatesAnswer(Model):
@@ -137,6 +173,62 @@ class CandidatesAnswer(Model):
     """Where the history that was used came from."""
     history_length: int
     """Items in the history that was used."""
+    fallback: Literal["popularity"] | None = None
+    """Not null: Qdrant did not answer, and these are the items that were the most popular ones when it last did, the
+    same for everybody but for seen items. Only with the setting fallback_items."""
+
+
+class BatchAnswer(Model):
+    """The answers to a batch, in the order of its requests."""
+
+    answers: list[CandidatesAnswer]
+    """One for each request."""
+
+
+class QueryAnswer(Model):
+    """A request ready to be sent to Qdrant; its answer has the candidates that /v1/candidates would give."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    collection: str
+    """Where to send it: POST /collections/COLLECTION/points/query. A physical collection: an alias may move on."""
+    query: dict[str, Any]
+    """The body, as Qdrant's REST interface and `qdrant_client.models.QueryRequest` take it. Filters of the caller's own
+    belong into each prefetch that has no prefetch of its own, or else they thin out what was found."""
+    model_version: int
+    """The published version whose query tower made it; good as long as that version's collection is there."""
+    user_known: bool | None
+    """Whether the user's clicks are followed; null without `user_id`."""
+    history_source: Literal["request", "followed", "none"]
+    """Where the history that was used came from."""
+    history_length: int
+    """Items in the history that was used."""
+
+
+class SimilarRequest(Model):
+    """Items to find similar ones for."""
+
+    item_ids: list[Id] = Field(min_length=1, max_length=MAX_SIMILAR)
+    """One item, or several whose common neighbours are wanted. They are left out of the answer."""
+    by: Literal["both", "embedding", "covisitation"] = "both"
+    """What makes items similar: the embeddings' cosine, being clicked near each other by the same users, or both,
+    weighed as the version's Manifest says. Popularity has no part in it."""
+    k: int = Field(10, ge=1, le=MAX_K)
+    """How many."""
+    filter: Annotated[models.Filter | None, BeforeValidator(_plain)] = None
+    """Qdrant's filter on the items' payload."""
+    with_payload: bool = False
+    """Whether each item comes with its payload."""
+
+
+class SimilarAnswer(Model):
+    """Similar items, best first; fewer than `k` if no more are similar or pass the filter."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    candidates: list[Candidate]
+    model_version: int
+    """The published version whose items made this answer."""
 
 
 class HistoryAnswer(Model):

@@ -6,13 +6,14 @@ does not search (`search`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec.structs import replace
 
 from trainer.contract import (
     QUERY_TOWER_FILE,
@@ -26,6 +27,7 @@ from trainer.contract import (
 )
 from trainer.towers import QueryTower, TowerConfig, load_query_tower, query_inputs
 
+Float32Array = npt.NDArray[np.float32]
 UInt64Array = npt.NDArray[np.uint64]
 ContextValue = str | int | float | bool | None
 
@@ -35,11 +37,25 @@ class VersionError(Exception):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """One query in the stream's terms."""
+
+    user_hash: int | None
+    """`streams.contract.hash_id` of the user's id; None: nobody in particular."""
+    history: UInt64Array
+    """[h] item hashes, newest last; may be empty."""
+    context: Mapping[str, ContextValue]
+    """Features by name; those that the towers do not know are not looked at."""
+    popularity: float
+    """Factor on the popularity weights, −1 … 2."""
+
+
+@dataclass(frozen=True)
 class Query:
     """What is searched for: score = dense · item + covisit_weight · ln(1 + sparse · item)."""
 
     dense: list[float]
-    """[embedding_dim + popularity_dims]"""
+    """[embedding_dim + popularity_dims]; empty: co-visitation alone."""
     indices: list[int]
     values: list[float]
     """The sparse query's; both empty: there is none."""
@@ -55,39 +71,57 @@ class ServedVersion:
     config: TowerConfig
     tower: QueryTower
 
-    def encode(
-        self,
-        user_hash: int | None,
-        history: UInt64Array,
-        context: Mapping[str, ContextValue],
-        popularity: float,
-    ) -> Query:
-        """The query in the version's terms: see `trainer.contract`.
-
-        Args:
-            user_hash: `streams.contract.hash_id` of the user's id; None: nobody in particular.
-            history: uint64 [h] item hashes, newest last; may be empty.
-            context: features by name; those that the towers do not know are not looked at.
-            popularity: factor on the popularity weights, −1 … 2.
-        """
+    def encode(self, asked: Sequence[Asked]) -> list[Query]:
+        """The queries in the version's terms: see `trainer.contract`. The tower runs once for all."""
+        lengths = [len(one.history) for one in asked]
+        names = {name for one in asked for name in one.context}
         inputs = query_inputs(
             self.config,
-            np.array([user_hash or 0], np.uint64),
-            history,
-            np.array([0, len(history)], np.int64),
-            {name: [value] for name, value in context.items()},
+            np.array([one.user_hash or 0 for one in asked], np.uint64),
+            np.concatenate([one.history for one in asked]),
+            np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+            {name: [one.context.get(name) for one in asked] for name in names},
         )
-        if user_hash is None:  # a row of weight 0 is no user; without `use_user_id` there is none anyway
-            inputs.users.weights.zero_()
+        if self.config.use_user_id:  # a row of weight 0 is no user
+            inputs.users.weights[torch.tensor([one.user_hash is None for one in asked])] = 0
         with torch.inference_mode():
-            embedding = self.tower(inputs)[0]
-        length = len(history)
-        indices, values = covisit_query(self.manifest, history.tolist())
+            embeddings = self.tower(inputs).tolist()
+        return [self._query(one, embedding) for one, embedding in zip(asked, embeddings, strict=True)]
+
+    def _query(self, asked: Asked, embedding: list[float]) -> Query:
+        length = len(asked.history)
+        indices, values = covisit_query(self.manifest, asked.history.tolist())
         return Query(
-            dense=query_vector(self.manifest, embedding.tolist(), popularity, length),
+            dense=query_vector(self.manifest, embedding, asked.popularity, length),
             indices=indices,
             values=values,
             covisit_weight=covisit_weight(self.manifest, length) if indices else 0.0,
+        )
+
+    def popularity_query(self) -> Query:
+        """The query for the most popular items: the popularity part of the score alone, at popularity = 1."""
+        return Query(query_vector(self.manifest, [0.0] * self.manifest.embedding_dim), [], [], 0.0)
+
+    def similar(self, item_hashes: Sequence[int], dense: Float32Array, *, embedding: bool, covisitation: bool) -> Query:
+        """The query for items like these: their mean direction for the user's embedding, and they, each with the same
+        weight, for the user's history. Weights are those of no particular history; popularity has none.
+
+        Args:
+            item_hashes: n ≥ 1, distinct.
+            dense: float32 [n, embedding_dim + popularity_dims] the items' vectors.
+            embedding: whether embeddings count.
+            covisitation: whether co-visitation counts.
+        """
+        manifest = self.manifest
+        mean = dense[:, : manifest.embedding_dim].mean(0)
+        mean /= max(float(np.linalg.norm(mean)), 1e-12)
+        alike = replace(manifest, covisit_decay=1.0, history_length=len(item_hashes))
+        indices, values = covisit_query(alike, item_hashes) if covisitation else ([], [])
+        return Query(
+            dense=query_vector(manifest, mean.tolist(), popularity=0.0) if embedding else [],
+            indices=indices,
+            values=values,
+            covisit_weight=covisit_weight(manifest) if indices else 0.0,
         )
 
 

@@ -20,6 +20,9 @@ GUARDED = "/v1/"
 
 _ROUTE_OF_PATH = {
     "/v1/candidates": "candidates",
+    "/v1/candidates:batch": "batch",
+    "/v1/query": "query",
+    "/v1/similar": "similar",
     "/v1/version": "version",
     "/healthz": "alive",
     "/readyz": "ready",

@@ -8,10 +8,23 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
-ROUTES = ("candidates", "version", "history", "alive", "ready", "metrics", "openapi", "other")
+ROUTES = (
+    "candidates",
+    "batch",
+    "query",
+    "similar",
+    "version",
+    "history",
+    "alive",
+    "ready",
+    "metrics",
+    "openapi",
+    "other",
+)
 CODES = ("2xx", "4xx", "5xx")
 STAGES = ("encode", "search", "whole")
 HISTORY_SOURCES = ("request", "followed", "none")
+STALE = ("version", "items")
 REFUSALS = ("key", "rate", "overload")
 OUTCOMES = ("applied", "old", "rejected")
 REQUEST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -61,6 +74,9 @@ class Metrics:
         )
         self.candidates = counter("candidates_total", "Candidates given in answers.")
         self.short_answers = counter("short_answers_total", "Answers with fewer candidates than the k asked for.")
+        self.fallbacks = counter(
+            "fallbacks_total", "Queries answered with popular items kept in memory, because Qdrant did not answer."
+        )
         self.foreign_points = counter(
             "foreign_points_total", "Points left out of an answer because their payload has no item_id."
         )
@@ -71,6 +87,14 @@ class Metrics:
         self.version_created = gauge(
             "version_created_timestamp_seconds",
             "When the trainer made the version that is served, in seconds since the epoch; 0 before the first.",
+        )
+        self.staleness = Gauge(
+            stem + "staleness_seconds",
+            "Age of what is served, now: version = since the trainer made the version; items = since an item of the "
+            "live collection was last seen to have changed. Grows while the trainer is away; 0 before the first "
+            "version.",
+            ("of",),
+            registry=registry,
         )
         self.version_switches = counter("version_switches_total", "Times that another version began to be served.")
         self.version_load_failures = counter(
@@ -106,6 +130,8 @@ class Metrics:
             self.request_seconds.labels(stage)
         for source in HISTORY_SOURCES:
             self.queries.labels(source)
+        for of in STALE:
+            self.staleness.labels(of)
         for reason in REFUSALS:
             self.refused.labels(reason)
         for outcome in OUTCOMES:

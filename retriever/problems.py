@@ -17,6 +17,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "malformed-body": (400, "The body is not JSON"),
     "unauthorized": (401, "No valid API key"),
     "not-found": (404, "No such resource"),
+    "unknown-items": (404, "The live index does not hold these items"),
     "method-not-allowed": (405, "Method not allowed"),
     "body-timeout": (408, "The body came too slowly"),
     "body-too-large": (413, "The body is too large"),

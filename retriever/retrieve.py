@@ -1,25 +1,43 @@
-"""One query from its request to its answer: history → query tower → Qdrant, all of one version.
+"""Queries from their requests to their answers: history → query tower → Qdrant, all of one version.
 
-Station: between `service` (HTTP) and `encode`, `search`, `histories`, `versions`. It knows no HTTP.
+Station: between `service` (HTTP) and `encode`, `search`, `ranking`, `histories`, `versions`. It knows no HTTP.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
+from qdrant_client import models
 
-from retriever.contract import CandidatesAnswer, CandidatesRequest, HistoryAnswer, VersionAnswer
-from retriever.encode import ServedVersion, UInt64Array
+from retriever.contract import (
+    Candidate,
+    CandidatesAnswer,
+    CandidatesRequest,
+    Explanation,
+    HistoryAnswer,
+    QueryAnswer,
+    QueryRequest,
+    SimilarAnswer,
+    SimilarRequest,
+    VersionAnswer,
+)
+from retriever.encode import Asked, Query, ServedVersion, UInt64Array
+from retriever.fusion import Search
 from retriever.histories import HistoryTable
 from retriever.metrics import Metrics
-from retriever.search import CollectionGone, Index, IndexUnavailable
+from retriever.popular import Popular
+from retriever.ranking import diverse, explain, pool_size
+from retriever.search import CollectionGone, Index, IndexUnavailable, vectors_of
 from retriever.versions import Versions
 from streams.contract import hash_id, hash_ids
+from trainer.contract import ITEM_ID, STEP
 
 ResultT = TypeVar("ResultT")
+Source = Literal["request", "followed", "none"]
 _NO_ITEMS = np.zeros(0, np.uint64)
 
 
@@ -27,14 +45,67 @@ class NotReady(Exception):
     """No version is served: the message says why."""
 
 
+class ItemsUnknown(Exception):
+    """Items that the served version does not hold."""
+
+    def __init__(self, item_ids: Sequence[str], places: Sequence[int]) -> None:
+        super().__init__(f"not in the live index: {', '.join(map(repr, item_ids[:3]))}")
+        self.places = list(places)
+        """Where they stood in the request."""
+
+
+@dataclass(frozen=True)
+class _Query:
+    """A request, with what is known of its user."""
+
+    request: QueryRequest
+    asked: Asked
+    known: bool | None
+    source: Source
+
+    @property
+    def seen(self) -> UInt64Array:
+        """[s] hashes of the items that are no candidates."""
+        return self.asked.history if self.request.exclude_seen else _NO_ITEMS
+
+    def answer(
+        self, candidates: list[Candidate], served: ServedVersion, fallback: Literal["popularity"] | None = None
+    ) -> CandidatesAnswer:
+        """The answer with these candidates."""
+        return CandidatesAnswer.model_construct(
+            candidates=candidates,
+            model_version=served.manifest.model_version,
+            user_known=self.known,
+            history_source=self.source,
+            history_length=len(self.asked.history),
+            fallback=fallback,
+        )
+
+
 class Retriever:
     """Answers queries from the version that is served, with the histories followed so far."""
 
-    def __init__(self, versions: Versions, index: Index, histories: HistoryTable, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        versions: Versions,
+        index: Index,
+        histories: HistoryTable,
+        metrics: Metrics,
+        popular: Popular | None = None,
+    ) -> None:
+        """
+        Args:
+            versions: says what is served.
+            index: where the items are.
+            histories: what the users clicked last.
+            metrics: see there.
+            popular: what is answered with while Qdrant is away; None: such requests fail.
+        """
         self._versions = versions
         self._index = index
         self._histories = histories
         self._metrics = metrics
+        self._popular = popular
 
     async def candidates(self, request: CandidatesRequest) -> CandidatesAnswer:
         """The best items for the request.
@@ -43,45 +114,108 @@ class Retriever:
             NotReady: no version is served.
             SearchError: Qdrant gave none.
         """
+        (answer,) = await self._candidates([request], is_measured=True)
+        return answer
+
+    async def batch(self, requests: Sequence[CandidatesRequest]) -> list[CandidatesAnswer]:
+        """The best items for each request, by one query to Qdrant. Raises as `candidates` does, for all together."""
+        return await self._candidates(requests, is_measured=False)
+
+    async def _candidates(self, requests: Sequence[CandidatesRequest], *, is_measured: bool) -> list[CandidatesAnswer]:
+        queries = [self._query(request) for request in requests]
+
+        async def answer(served: ServedVersion) -> list[CandidatesAnswer]:
+            started = time.perf_counter()
+            encoded = served.encode([query.asked for query in queries])
+            searching = time.perf_counter()
+            searches = [_search_of(*parts) for parts in zip(requests, queries, encoded, strict=True)]
+            found = await self._index.search(served.collection, searches)
+            if is_measured:
+                self._metrics.request_seconds.labels("encode").observe(searching - started)
+                self._metrics.request_seconds.labels("search").observe(time.perf_counter() - searching)
+            return [
+                query.answer(_told(served, request, search, points), served)
+                for request, query, search, points in zip(requests, queries, searches, found, strict=True)
+            ]
+
+        answers = self._fallback(requests, queries) if self._versions.qdrant_is_away else None
+        if answers is None:
+            try:
+                answers = await self._with_version(answer)
+            except IndexUnavailable:
+                answers = self._fallback(requests, queries)
+                if answers is None:
+                    raise
+        for request, query, one in zip(requests, queries, answers, strict=True):
+            self._metrics.queries.labels(query.source).inc()
+            self._metrics.candidates.inc(len(one.candidates))
+            if len(one.candidates) < request.k:
+                self._metrics.short_answers.inc()
+        return answers
+
+    def _fallback(
+        self, requests: Sequence[CandidatesRequest], queries: Sequence[_Query]
+    ) -> list[CandidatesAnswer] | None:
+        """Popular items for all; None where that is not wanted, nothing is known, or a filter cannot be applied."""
+        kept, served = self._popular and self._popular.kept, self._versions.served
+        if not kept or served is None or any(request.filter is not None for request in requests):
+            return None
+        self._metrics.fallbacks.inc(len(requests))
+        answers = []
+        for request, query in zip(requests, queries, strict=True):
+            search = Search(served.popularity_query(), request.k, query.seen, with_payload=request.with_payload)
+            points = [point for point in kept if point.id not in search.excluded][: request.k]
+            plain = request.model_copy(update={"diversity": 0.0})
+            answers.append(query.answer(_told(served, plain, search, points), served, fallback="popularity"))
+        return answers
+
+    async def ready_query(self, request: QueryRequest) -> QueryAnswer:
+        """Qdrant's request, ready to be sent. Raises NotReady without a version."""
+        query, served = self._query(request), self._served()
+        (encoded,) = served.encode([query.asked])
+        search = Search(encoded, request.k, query.seen, request.filter, request.with_payload)
+        body = self._index.ready_request(search).model_dump(mode="json", by_alias=True, exclude_none=True)
+        return QueryAnswer(
+            collection=served.collection,
+            query=body,
+            model_version=served.manifest.model_version,
+            user_known=query.known,
+            history_source=query.source,
+            history_length=len(query.asked.history),
+        )
+
+    async def similar(self, request: SimilarRequest) -> SimilarAnswer:
+        """Items like those of the request.
+
+        Raises:
+            ItemsUnknown: the live index does not hold all of them.
+            NotReady, SearchError: as `candidates`.
+        """
+        hashes = hash_ids(list(dict.fromkeys(request.item_ids)))
+
+        async def answer(served: ServedVersion) -> SimilarAnswer:
+            vectors = await self._index.dense_vectors(served.collection, hashes.tolist())
+            unknown = [place for place, item in enumerate(request.item_ids) if hash_id(item) not in vectors]
+            if unknown:
+                raise ItemsUnknown([request.item_ids[place] for place in unknown], unknown)
+            dense = np.array([vectors[item_hash] for item_hash in hashes.tolist()], np.float32)
+            by_embedding, by_covisitation = request.by != "covisitation", request.by != "embedding"
+            query = served.similar(hashes.tolist(), dense, embedding=by_embedding, covisitation=by_covisitation)
+            candidates: list[Candidate] = []
+            if query.dense or query.indices:  # neither: the version knows no co-visitation
+                search = Search(query, request.k, hashes, request.filter, request.with_payload)
+                (points,) = await self._index.search(served.collection, [search])
+                candidates = [_candidate(point, with_payload=request.with_payload) for point in points]
+            return SimilarAnswer.model_construct(candidates=candidates, model_version=served.manifest.model_version)
+
+        return await self._with_version(answer)
+
+    def _query(self, request: QueryRequest) -> _Query:
         user_hash = None if request.user_id is None else hash_id(request.user_id)
         followed = None if user_hash is None else self._histories.get(user_hash)
-        history, source = self._history_of(request, followed)
-
-        async def answer(served: ServedVersion) -> CandidatesAnswer:
-            started = time.perf_counter()
-            query = served.encode(user_hash, history, request.context, request.popularity)
-            encoded = time.perf_counter()
-            candidates = await self._index.search(
-                served.collection,
-                query,
-                k=request.k,
-                seen=history if request.exclude_seen else _NO_ITEMS,
-                filter=request.filter,
-                with_payload=request.with_payload,
-            )
-            self._metrics.request_seconds.labels("encode").observe(encoded - started)
-            self._metrics.request_seconds.labels("search").observe(time.perf_counter() - encoded)
-            return CandidatesAnswer.model_construct(
-                candidates=candidates,
-                model_version=served.manifest.model_version,
-                user_known=None if user_hash is None else followed is not None,
-                history_source=source,
-                history_length=len(history),
-            )
-
-        result = await self._with_version(answer)
-        self._metrics.queries.labels(source).inc()
-        self._metrics.candidates.inc(len(result.candidates))
-        if len(result.candidates) < request.k:
-            self._metrics.short_answers.inc()
-        return result
-
-    def _history_of(
-        self, request: CandidatesRequest, followed: UInt64Array | None
-    ) -> tuple[UInt64Array, Literal["request", "followed", "none"]]:
-        if request.history is not None:
-            return hash_ids(request.history), "request" if request.history else "none"
-        return (_NO_ITEMS, "none") if followed is None else (followed, "followed")
+        known = None if user_hash is None else followed is not None
+        history, source = _history_of(request, followed)
+        return _Query(request, Asked(user_hash, history, request.context, request.popularity), known, source)
 
     async def history(self, user_id: str) -> HistoryAnswer:
         """What is known of the user. Raises as `candidates` does."""
@@ -121,3 +255,39 @@ class Retriever:
                 if newer is served:
                     raise IndexUnavailable(f"{served.collection!r} is gone: {self._versions.problem}") from error
                 served = newer
+
+
+def _history_of(request: QueryRequest, followed: UInt64Array | None) -> tuple[UInt64Array, Source]:
+    if request.history is not None:
+        return hash_ids(request.history), "request" if request.history else "none"
+    return (_NO_ITEMS, "none") if followed is None else (followed, "followed")
+
+
+def _search_of(request: CandidatesRequest, query: _Query, encoded: Query) -> Search:
+    wanted = pool_size(request.k, request.diversity)
+    with_vectors = request.explain or request.diversity > 0
+    return Search(encoded, wanted, query.seen, request.filter, request.with_payload, with_vectors)
+
+
+def _told(
+    served: ServedVersion, request: CandidatesRequest, search: Search, points: Sequence[models.ScoredPoint]
+) -> list[Candidate]:
+    """What the caller is told of the points, best first."""
+    dim = served.manifest.embedding_dim
+    if request.diversity and points:
+        scores = np.array([point.score for point in points], np.float32)
+        embeddings = np.array([vectors_of(point)[0][:dim] for point in points], np.float32)
+        points = [points[place] for place in diverse(scores, embeddings, request.k, request.diversity).tolist()]
+    explanations = [explain(search.query, dim, *vectors_of(point)) if request.explain else None for point in points]
+    return [
+        _candidate(point, explanation, with_payload=request.with_payload)
+        for point, explanation in zip(points, explanations, strict=True)
+    ]
+
+
+def _candidate(point: models.ScoredPoint, explanation: Explanation | None = None, *, with_payload: bool) -> Candidate:
+    payload = point.payload or {}
+    shown = {key: value for key, value in payload.items() if key not in (ITEM_ID, STEP)} if with_payload else None
+    return Candidate.model_construct(
+        item_id=payload[ITEM_ID], score=point.score, payload=shown, explanation=explanation
+    )

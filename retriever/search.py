@@ -24,20 +24,13 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from retriever.contract import Candidate
-from retriever.encode import Query
+from retriever.fusion import Search, overfetching_request, ready_request
 from retriever.metrics import Metrics
 from trainer.contract import COVISIT, DENSE, ITEM_ID, STEP
 
 UInt64Array = npt.NDArray[np.uint64]
 AnswerT = TypeVar("AnswerT")
 
-MAX_OVERFETCH = 2_000
-"""Up to so many seen items are searched for and dropped; more are excluded by Qdrant, which costs it more."""
-MIN_PREFETCH = 500
-"""Least candidates from each vector, where both are searched."""
-NO_SCORE = -1e6
-"""Of a point that the outer dense search lost: none, unless its approximation does."""
 _FIRST_PAUSE_SECONDS = 0.05
 
 
@@ -78,7 +71,7 @@ class Index:
     def __init__(self, client: AsyncQdrantClient, metrics: Metrics, *, hnsw_ef: int, timeout_seconds: float) -> None:
         self._client = client
         self._metrics = metrics
-        self._params = models.SearchParams(hnsw_ef=hnsw_ef)
+        self._hnsw_ef = hnsw_ef
         self._timeout_seconds = timeout_seconds
 
     async def collection_of(self, alias: str) -> str | None:
@@ -92,91 +85,60 @@ class Index:
         vectors = answer.config.params.vectors
         return vectors[DENSE].size if isinstance(vectors, dict) and DENSE in vectors else None
 
-    async def search(
-        self,
-        collection: str,
-        query: Query,
-        *,
-        k: int,
-        seen: UInt64Array,
-        filter: models.Filter | None,
-        with_payload: bool,
-    ) -> list[Candidate]:
-        """The k items of the highest score that pass the filter and are not `seen`, best first.
+    async def search(self, collection: str, searches: Sequence[Search]) -> list[list[models.ScoredPoint]]:
+        """For each search its items of the highest score, best first; all in one call.
 
         Args:
-            collection: physical collection.
-            query: of the version whose items are in the collection.
-            k: how many, ≥ 1.
-            seen: uint64 [s] hashes of items to leave out.
-            filter: Qdrant's filter on the payload.
-            with_payload: whether to fetch the whole payload.
+            collection: physical collection, of the version whose tower made the queries.
+            searches: at least one.
 
         Raises:
             SearchError: see the module's tree.
         """
-        excluded = set(seen.tolist())
-        narrowed, limit = filter, k + len(excluded)
-        if len(excluded) > MAX_OVERFETCH:
-            ids: list[models.ExtendedPointId] = list(excluded)
-            narrowed = models.Filter(must=filter and [filter], must_not=[models.HasIdCondition(has_id=ids)])
-            limit = k
+        requests = [overfetching_request(search, self._hnsw_ef) for search in searches]
         try:
-            answer = await self._call(
-                lambda: self._client.query_points(
-                    collection,
-                    **self._parts(query, limit, narrowed),
-                    limit=limit,
-                    with_payload=True if with_payload else [ITEM_ID],
-                )
-            )
+            answers = await self._call(lambda: self._query(collection, requests))
         except QueryRefused as error:
-            if filter is None:
+            if all(search.filter is None for search in searches):
                 raise
             raise FilterRefused(str(error)) from error
-        candidates: list[Candidate] = []
-        for point in answer.points:
+        return [self._kept(answer.points, search) for answer, search in zip(answers, searches, strict=True)]
+
+    async def _query(self, collection: str, requests: list[models.QueryRequest]) -> list[models.QueryResponse]:
+        if len(requests) > 1:
+            return await self._client.query_batch_points(collection, requests)
+        (one,) = requests
+        answer = await self._client.query_points(
+            collection,
+            query=one.query,
+            using=one.using,
+            prefetch=one.prefetch,
+            query_filter=one.filter,
+            search_params=one.params,
+            limit=one.limit or 0,
+            with_payload=one.with_payload or False,
+            with_vectors=one.with_vector or False,
+        )
+        return [answer]
+
+    def ready_request(self, search: Search) -> models.QueryRequest:
+        """What `search` would send for a caller who sends it themselves; seen items are left out by Qdrant."""
+        return ready_request(search, self._hnsw_ef)
+
+    def _kept(self, points: Sequence[models.ScoredPoint], search: Search) -> list[models.ScoredPoint]:
+        """Without seen ones, k at most, and of those the ones that are items of ours."""
+        excluded = search.excluded
+        kept: list[models.ScoredPoint] = []
+        for point in points:
+            if len(kept) == search.k:
+                break
             if point.id in excluded:
                 continue
-            if len(candidates) == k:
-                break
-            payload = point.payload or {}
-            if not isinstance(item_id := payload.get(ITEM_ID), str):
+            if isinstance((point.payload or {}).get(ITEM_ID), str):
+                kept.append(point)
+            else:
                 self._metrics.foreign_points.inc()
-                continue
-            shown = {key: value for key, value in payload.items() if key not in (ITEM_ID, STEP)}
-            candidates.append(
-                Candidate.model_construct(item_id=item_id, score=point.score, payload=shown if with_payload else None)
-            )
-        return candidates
-
-    def _parts(self, query: Query, limit: int, narrowed: models.Filter | None) -> dict[str, Any]:
-        """What to search by: the dense vector alone, or both vectors by the formula of the score.
-
-        With both, the candidates are the best by each vector. Two prefetches would give wrong scores, for a point that
-        one of them finds lacks the other's; so both are nested in both, and each side scores the union. The union has
-        more candidates than are wanted, because neither order is that of the score.
-        """
-        if not query.indices or query.covisit_weight == 0:
-            return {"query": query.dense, "using": DENSE, "search_params": self._params, "query_filter": narrowed}
-        sparse = models.SparseVector(indices=query.indices, values=query.values)
-        each = max(MIN_PREFETCH, 2 * limit)
-        best = [
-            models.Prefetch(query=query.dense, filter=narrowed, limit=each, using=DENSE, params=self._params),
-            models.Prefetch(query=sparse, using=COVISIT, filter=narrowed, limit=each),
-        ]
-        logarithm = models.LnExpression(ln=models.SumExpression(sum=[1.0, "$score[1]"]))
-        weighed = models.MultExpression(mult=[query.covisit_weight, logarithm])
-        return {
-            "prefetch": [
-                models.Prefetch(prefetch=best, query=query.dense, limit=2 * each, using=DENSE, params=self._params),
-                models.Prefetch(prefetch=best, query=sparse, using=COVISIT, limit=2 * each),
-            ],
-            "query": models.FormulaQuery(
-                formula=models.SumExpression(sum=["$score[0]", weighed]),
-                defaults={"$score[0]": NO_SCORE, "$score[1]": 0.0},
-            ),
-        }
+        return kept
 
     async def item_ids(self, collection: str, hashes: UInt64Array) -> list[str | None]:
         """The caller's item id of each hash, None where the collection does not hold the item.
@@ -192,6 +154,34 @@ class Index:
         )
         found = {point.id: (point.payload or {}).get(ITEM_ID) for point in points}
         return [found.get(point_id) for point_id in ids]
+
+    async def newest_step(self, collection: str) -> int | None:
+        """The trainer's largest step in a collection; None where it is empty.
+
+        Raises:
+            SearchError: see the module's tree; QueryRefused where STEP has no index.
+        """
+        points, _ = await self._call(
+            lambda: self._client.scroll(
+                collection,
+                limit=1,
+                order_by=models.OrderBy(key=STEP, direction=models.Direction.DESC),
+                with_payload=[STEP],
+            )
+        )
+        return int((points[0].payload or {})[STEP]) if points else None
+
+    async def dense_vectors(self, collection: str, ids: Sequence[int]) -> dict[int, list[float]]:
+        """The vector `dense` of each of the points that are there, by id.
+
+        Raises:
+            SearchError: see the module's tree.
+        """
+        wanted: list[models.ExtendedPointId] = list(ids)
+        points = await self._call(
+            lambda: self._client.retrieve(collection, ids=wanted, with_payload=False, with_vectors=[DENSE])
+        )
+        return {int(point.id): vectors_of(point)[0] for point in points}
 
     async def _call(self, call: Callable[[], Awaitable[AnswerT]]) -> AnswerT:
         """The call's answer, tried again while time is left and the error may pass."""
@@ -215,6 +205,14 @@ class Index:
                     pause *= 2
         except TimeoutError:
             raise IndexUnavailable(f"Qdrant did not answer within {self._timeout_seconds:g} s ({reason})") from None
+
+
+def vectors_of(point: models.ScoredPoint | models.Record) -> tuple[list[float], dict[int, float]]:
+    """A point's dense vector, and its co-visitation by index; empty where it has none, or none was asked for."""
+    vectors: Any = point.vector if isinstance(point.vector, dict) else {}
+    sparse = vectors.get(COVISIT)
+    covisit = {} if sparse is None else dict(zip(sparse.indices, sparse.values, strict=True))
+    return vectors.get(DENSE, []), covisit
 
 
 def _raise_unless_it_may_pass(error: UnexpectedResponse | ResourceExhaustedResponse) -> str:

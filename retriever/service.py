@@ -18,11 +18,18 @@ from starlette.responses import Response
 
 from retriever.contract import (
     PROBLEM_JSON,
+    BatchAnswer,
+    BatchRequest,
     CandidatesAnswer,
     CandidatesRequest,
     HistoryAnswer,
     Id,
+    InvalidValue,
     Problem,
+    QueryAnswer,
+    QueryRequest,
+    SimilarAnswer,
+    SimilarRequest,
     StatusAnswer,
     VersionAnswer,
 )
@@ -30,7 +37,7 @@ from retriever.gate import GUARDED, Gate
 from retriever.keys import Keys, Rates
 from retriever.metrics import Metrics
 from retriever.problems import KINDS, ProblemError, invalid_request, problem_response
-from retriever.retrieve import NotReady, Retriever
+from retriever.retrieve import ItemsUnknown, NotReady, Retriever
 from retriever.search import FilterRefused, SearchError
 from retriever.settings import RetrieverSettings
 
@@ -76,8 +83,25 @@ def create_app(
     async def candidates(request: CandidatesRequest) -> Response:
         """The best items for a user, by id, by history, or both."""
         answer = await retriever.candidates(request)
-        hidden = None if request.with_payload else {"candidates": {"__all__": {"payload"}}}
-        return Response(answer.model_dump_json(exclude=hidden), media_type=_JSON)
+        return Response(answer.model_dump_json(exclude=_hidden(request)), media_type=_JSON)
+
+    @app.post("/v1/candidates:batch", response_model=BatchAnswer, responses=_problems(*_BODY, *_CALLER, 422, 503))
+    async def batch(request: BatchRequest) -> Response:
+        """The best items for several users, by one query to Qdrant."""
+        answers = await retriever.batch(request.requests)
+        told = (one.model_dump_json(exclude=_hidden(of)) for of, one in zip(request.requests, answers, strict=True))
+        return Response(f'{{"answers":[{",".join(told)}]}}', media_type=_JSON)
+
+    @app.post("/v1/query", response_model=QueryAnswer, responses=_problems(*_BODY, *_CALLER, 422, 503))
+    async def query(request: QueryRequest) -> QueryAnswer:
+        """What /v1/candidates would send to Qdrant, ready to be sent by the caller."""
+        return await retriever.ready_query(request)
+
+    @app.post("/v1/similar", response_model=SimilarAnswer, responses=_problems(*_BODY, *_CALLER, 404, 422, 503))
+    async def similar(request: SimilarRequest) -> Response:
+        """The items most like one, or like several together."""
+        answer = await retriever.similar(request)
+        return Response(answer.model_dump_json(exclude=_hidden(request)), media_type=_JSON)
 
     @app.get("/v1/version", response_model=VersionAnswer, responses=_problems(*_CALLER, 503))
     async def version() -> VersionAnswer:
@@ -132,6 +156,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     def of_refusal(error: FilterRefused) -> ProblemError:
         return ProblemError("filter-refused", str(error))
 
+    def of_items(error: ItemsUnknown) -> ProblemError:
+        places = [InvalidValue(location=f"body.item_ids.{place}", message="unknown") for place in error.places]
+        return ProblemError("unknown-items", str(error), places)
+
     def of_http(error: HTTPException) -> ProblemError:
         slug = next((slug for slug, (status, _) in KINDS.items() if status == error.status_code), "bug")
         return ProblemError(slug, error.detail)
@@ -141,12 +169,19 @@ def _add_error_handlers(app: FastAPI) -> None:
         RequestValidationError, answer_with(lambda error: invalid_request(error.errors(), error.body))
     )
     app.add_exception_handler(HTTPException, answer_with(of_http))
+    app.add_exception_handler(ItemsUnknown, answer_with(of_items))
     app.add_exception_handler(NotReady, answer_with(lambda error: ProblemError("not-ready", str(error))))
     app.add_exception_handler(FilterRefused, answer_with(of_refusal))
     app.add_exception_handler(SearchError, answer_with(of_search))
     app.add_exception_handler(
         Exception, answer_with(lambda error: ProblemError("bug", "the service has logged what happened"))
     )
+
+
+def _hidden(request: CandidatesRequest | SimilarRequest) -> dict[str, Any]:
+    """The fields of each candidate that were not asked for."""
+    asked = {"payload": request.with_payload, "explanation": isinstance(request, CandidatesRequest) and request.explain}
+    return {"candidates": {"__all__": {name for name, is_wanted in asked.items() if not is_wanted}}}
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -52,6 +52,10 @@ class RetrieverSettings(KafkaSettings):
     search_timeout_seconds: float = Field(2.0, gt=0, le=60)
     """Longest time that one request spends on Qdrant, retries included, in seconds."""
 
+    fallback_items: int = Field(0, ge=0, le=10_000)
+    """Most popular items that are kept, to answer with while Qdrant is away; such answers say so. 0: requests are
+    refused with 503 then. A request with a filter is refused in any case."""
+
     max_body_bytes: int = Field(65_536, ge=1_024, le=16_777_216)
     """Largest request body, in bytes."""
     body_timeout_seconds: float = Field(5.0, gt=0, le=60)

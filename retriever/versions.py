@@ -33,6 +33,8 @@ class Versions:
         """What requests are answered with; None before the first version."""
         self.problem: str | None = "no version published yet: the alias has not been looked up"
         """Why this retriever is not ready; None while Qdrant answers and the version that it names is served."""
+        self.qdrant_is_away = False
+        """Whether the last look-up of the alias had no answer."""
 
     async def refresh(self, stale: ServedVersion | None = None) -> None:
         """Looks the alias up and serves what it names. Never raises for a dead Qdrant or a torn version.
@@ -54,8 +56,10 @@ class Versions:
             collection = await self._index.collection_of(self._alias)
         except SearchError as error:
             self._metrics.qdrant_up.set(0)
+            self.qdrant_is_away = True
             return str(error)
         self._metrics.qdrant_up.set(1)
+        self.qdrant_is_away = False
         if collection is None:
             return f"no version published yet: Qdrant has no alias {self._alias!r}"
         if self.served is not None and self.served.collection == collection and await self._is_unchanged(self.served):

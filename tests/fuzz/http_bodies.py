@@ -14,16 +14,18 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from qdrant_client import models
 
-from retriever.contract import Candidate, CandidatesRequest, Problem
-from retriever.encode import Query, ServedVersion
+from retriever.contract import CandidatesRequest, Problem
+from retriever.encode import ServedVersion
+from retriever.fusion import Search, overfetching_request
 from retriever.histories import HistoryTable
 from retriever.metrics import Metrics
+from retriever.ranking import pool_size
 from retriever.retrieve import Retriever
 from retriever.service import create_app
 from retriever.settings import RetrieverSettings
 from tests.fuzz.mutator import JSON_WORDS
 from tests.fuzz.strict_json import Refused, Undecided, id_of, is_number, read, typed
-from trainer.contract import Manifest
+from trainer.contract import DENSE, Manifest
 from trainer.towers import Feature, TowerConfig, build_towers
 
 MAX_BODY_BYTES = 65_536
@@ -44,6 +46,7 @@ CORPUS = (
     _json(user_id=7, k=1000, popularity=0.5, exclude_seen=False, with_payload=True),
     _json(history=["shoe", 3, "hät"], context={"device": "phone", "hour": 7.5, "watching": "hat", "q": "two words"}),
     _json(user_id="u", history=[], context={"hour": 2**70, "device": None, "new": True}, k=1, popularity=-1),
+    _json(history=["shoe"], explain=True, diversity=0.25),
     _json(user_id="u", filter={"must": [{"key": "parity", "match": {"value": "odd"}}]}),
     _json(user_id="u", filter={"must_not": [{"key": "n", "range": {"gte": 1, "lt": 20.5}}, {"has_id": [1, 2]}]}),
     _json(user_id="u", filter={"should": [{"key": "a", "match": {"any": ["x", "y"]}}, {"is_empty": {"key": "b"}}]}),
@@ -60,16 +63,19 @@ class StandInIndex:
     def __init__(self) -> None:
         self.asked: dict[str, Any] | None = None
 
-    async def search(
-        self, collection: str, query: Query, *, k: int, seen: Any, filter: models.Filter | None, with_payload: bool
-    ) -> list[Candidate]:
-        """One candidate."""
-        assert np.isfinite(query.dense).all()
-        json.dumps(query.dense, allow_nan=False)
-        wire = None if filter is None else filter.model_dump(mode="json", by_alias=True, exclude_none=True)
-        json.dumps(wire, allow_nan=False)
-        self.asked = {"k": k, "seen": seen.tolist(), "filter": wire, "with_payload": with_payload}
-        return [Candidate.model_construct(item_id="i", score=0.5, payload={} if with_payload else None)]
+    async def search(self, collection: str, searches: Sequence[Search]) -> list[list[models.ScoredPoint]]:
+        """One point."""
+        (search,) = searches
+        assert np.isfinite(search.query.dense).all()
+        request = overfetching_request(search, hnsw_ef=64).model_dump(mode="json", by_alias=True, exclude_none=True)
+        json.dumps(request, allow_nan=False)
+        wire = search.filter and search.filter.model_dump(mode="json", by_alias=True, exclude_none=True)
+        self.asked = {
+            "k": search.k, "seen": search.seen.tolist(), "filter": wire,
+            "with_payload": search.with_payload,
+        }  # fmt: skip
+        vector = {DENSE: [0.0] * len(search.query.dense)}
+        return [[models.ScoredPoint(id=1, version=1, score=0.5, payload={"item_id": "i"}, vector=vector)]]
 
 
 class Application:
@@ -86,7 +92,7 @@ class Application:
         served = ServedVersion("items__v1", manifest, CONFIG, tower.eval().requires_grad_(False))
         metrics = Metrics(CollectorRegistry())
         self.retriever = Retriever(
-            SimpleNamespace(served=served, problem=None),  # type: ignore[arg-type]
+            SimpleNamespace(served=served, problem=None, qdrant_is_away=False),  # type: ignore[arg-type]
             self.index,  # type: ignore[arg-type]
             HistoryTable(10, 5),
             metrics,
@@ -157,7 +163,8 @@ class Application:
         assert asked is not None
         came = request.model_dump(exclude={"filter"})
         assert typed(came) == typed({name: value for name, value in expected.items() if name != "filter"})
-        assert (asked["k"], asked["with_payload"]) == (expected["k"], expected["with_payload"])
+        wanted = pool_size(expected["k"], expected["diversity"])
+        assert (asked["k"], asked["with_payload"]) == (wanted, expected["with_payload"])
         assert_same_filter(expected["filter"], asked["filter"])
         assert [one["item_id"] for one in json.loads(body)["candidates"]] == ["i"]
         return True
@@ -195,7 +202,7 @@ def _reading(data: bytes) -> dict[str, Any]:
     body = read(data)
     defaults = {
         "user_id": None, "history": None, "context": {}, "k": 10, "filter": None, "exclude_seen": True,
-        "popularity": 1.0, "with_payload": False,
+        "popularity": 1.0, "with_payload": False, "explain": False, "diversity": 0.0,
     }  # fmt: skip
     if not isinstance(body, dict) or body.keys() - defaults.keys():
         raise Refused("no object, or with unknown fields")
@@ -210,11 +217,14 @@ def _reading(data: bytes) -> dict[str, Any]:
         raise Refused("for nobody")
     if type(said["k"]) is not int or not 1 <= said["k"] <= 1000:
         raise Refused("no k")
-    if any(type(said[name]) is not bool for name in ("exclude_seen", "with_payload")):
+    if any(type(said[name]) is not bool for name in ("exclude_seen", "with_payload", "explain")):
         raise Refused("no boolean")
     if not is_number(said["popularity"]) or not -1 <= said["popularity"] <= 2:
         raise Refused("no popularity")
     said["popularity"] = float(said["popularity"])
+    if not is_number(said["diversity"]) or not 0 <= said["diversity"] <= 1:
+        raise Refused("no diversity")
+    said["diversity"] = float(said["diversity"])
     context = said["context"]
     if not isinstance(context, dict) or len(context) > 64:
         raise Refused("no context")

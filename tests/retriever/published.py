@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -38,7 +39,7 @@ CONFIG = TowerConfig(
 )
 POPULARITY_SCALE = 20.0
 POPULARITY_WEIGHT = 1.2
-WEIGHTS = {
+WEIGHTS: dict[str, Any] = {
     "popularity_weights": [POPULARITY_WEIGHT],
     "popularity_slopes": [0.1],
     "embedding_weight": 0.7,
@@ -70,6 +71,7 @@ class Published:
         history: Sequence[str] = (),
         context: Mapping[str, str | float] | None = None,
         popularity: float = 1.0,
+        covisit_weighed: bool = True,
     ) -> dict[str, float]:
         """Item id → score: a · cosine / temperature + popularity · w · log-frequency + b · ln(1 + covisit), from the
         formula's parts."""
@@ -95,7 +97,8 @@ class Published:
             if item in self.item_ids:
                 covisit += 0.3 * weight * self.covisits[:, self.item_ids.index(item)]
         score = affinity + popularity * (POPULARITY_WEIGHT + 0.1 * known) * log_frequency
-        score += (0.6 - 0.1 * known) * np.log1p(covisit)
+        if covisit_weighed:
+            score += (0.6 - 0.1 * known) * np.log1p(covisit)
         return dict(zip(self.item_ids, score.tolist(), strict=True))
 
     def best(self, k: int, *, without: Sequence[str] = (), **query: object) -> list[tuple[str, float]]:
@@ -141,7 +144,7 @@ class Publisher:
             embedding_dim=config.embedding_dim,
             popularity_dims=1,
             popularity_scale=POPULARITY_SCALE,
-            **WEIGHTS,  # type: ignore[arg-type]
+            **WEIGHTS,
             history_length=config.history_length,
             temperature=config.temperature,
             towers=config.to_dict(),
@@ -157,6 +160,7 @@ class Publisher:
             vectors_config={DENSE: models.VectorParams(size=vectors.shape[1], distance=models.Distance.DOT)},
             sparse_vectors_config={COVISIT: models.SparseVectorParams()},
         )
+        self.client.create_payload_index(collection, STEP, models.PayloadSchemaType.INTEGER)
         self.client.upsert(
             collection,
             [

@@ -20,11 +20,13 @@ from prometheus_client import CollectorRegistry
 
 from retriever.histories import HistoryTable
 from retriever.metrics import Metrics
+from retriever.popular import Popular
 from retriever.retrieve import Retriever
 from retriever.search import Index, make_client
 from retriever.service import create_app
 from retriever.settings import RetrieverSettings
 from retriever.versions import Versions
+from retriever.watch import Watch
 
 DEADLINE_SECONDS = 20.0
 
@@ -83,19 +85,16 @@ def running(settings: RetrieverSettings) -> Iterator[Running]:
         client = make_client(settings.qdrant, None, settings.search_timeout_seconds)
         index = Index(client, metrics, hnsw_ef=settings.hnsw_ef, timeout_seconds=settings.search_timeout_seconds)
         versions = Versions(index, settings.alias, settings.model_dir, metrics)
-        retriever = Retriever(versions, index, table, metrics)
+        popular = Popular(index, settings.fallback_items) if settings.fallback_items else None
+        watch = Watch(versions, index, metrics, popular)
+        retriever = Retriever(versions, index, table, metrics, popular)
         app = create_app(settings, retriever, metrics, lambda: versions.problem)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
         loop = asyncio.get_running_loop()
         ends.append(lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True) and None)
         made.extend([versions, app])
 
-        async def follow() -> None:
-            while True:
-                await versions.refresh()
-                await asyncio.sleep(settings.version_poll_seconds)
-
-        following = asyncio.create_task(follow())
+        following = asyncio.create_task(watch.run(settings.version_poll_seconds))
         started.set()
         await server.serve(sockets=[listener])
         following.cancel()

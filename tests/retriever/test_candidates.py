@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from retriever.contract import MAX_K
-from retriever.search import MAX_OVERFETCH
+from retriever.fusion import MAX_OVERFETCH
 from streams.contract import MicroBatch, hash_id, hash_ids
 from tests.retriever.published import CONFIG, Published, Publisher
 from tests.retriever.running import Running, Wire, wait_until

@@ -12,7 +12,20 @@ from fastapi.openapi.models import OpenAPI
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from retriever.contract import PROBLEM_JSON, CandidatesAnswer, CandidatesRequest, Problem
+from retriever.contract import (
+    PROBLEM_JSON,
+    BatchAnswer,
+    BatchRequest,
+    Candidate,
+    CandidatesAnswer,
+    CandidatesRequest,
+    Explanation,
+    Problem,
+    QueryAnswer,
+    QueryRequest,
+    SimilarAnswer,
+    SimilarRequest,
+)
 from retriever.metrics import CODES, ROUTES, Metrics
 from retriever.settings import RetrieverSettings
 from tests.retriever.running import Running, running
@@ -62,6 +75,9 @@ def test_the_document_describes_every_route(alone: Running, document: dict[str, 
     described = {(method.upper(), path) for path, entry in document["paths"].items() for method in entry}
     assert described == {
         ("POST", "/v1/candidates"),
+        ("POST", "/v1/candidates:batch"),
+        ("POST", "/v1/query"),
+        ("POST", "/v1/similar"),
         ("GET", "/v1/version"),
         ("GET", "/v1/users/{user_id}/history"),
         ("GET", "/healthz"),
@@ -92,7 +108,22 @@ def test_every_error_is_described_as_a_problem(document: dict[str, Any]) -> None
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
-@pytest.mark.parametrize("model", [CandidatesRequest, CandidatesAnswer, Problem])
+@pytest.mark.parametrize(
+    "model",
+    [
+        BatchAnswer,
+        BatchRequest,
+        Candidate,
+        CandidatesAnswer,
+        CandidatesRequest,
+        Explanation,
+        Problem,
+        QueryAnswer,
+        QueryRequest,
+        SimilarAnswer,
+        SimilarRequest,
+    ],
+)
 def test_every_field_is_explained(document: dict[str, Any], model: type[Any]) -> None:
     properties = document["components"]["schemas"][model.__name__]["properties"]
     assert set(properties) == set(model.model_fields)

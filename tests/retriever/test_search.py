@@ -12,6 +12,7 @@ import pytest
 from qdrant_client import AsyncQdrantClient, models
 
 from retriever.encode import Query
+from retriever.fusion import Search
 from retriever.metrics import Metrics
 from retriever.search import (
     CollectionGone,
@@ -83,8 +84,13 @@ def on_index(
     return asyncio.run(run()), metrics
 
 
-def search(index: Index, filter: models.Filter | None = None, k: int = 2, seen: Any = NO_ITEMS) -> Any:
-    return index.search("items__v1", Query([0.5, 1.0], [], [], 0.0), k=k, seen=seen, filter=filter, with_payload=False)
+async def search(index: Index, filter: models.Filter | None = None, k: int = 2, seen: Any = NO_ITEMS) -> Any:
+    (points,) = await index.search("items__v1", [Search(Query([0.5, 1.0], [], [], 0.0), k, seen, filter)])
+    return points
+
+
+def item_ids(points: Any) -> list[str]:
+    return [point.payload["item_id"] for point in points]
 
 
 def retries(metrics: Metrics) -> float:
@@ -96,7 +102,7 @@ def retries(metrics: Metrics) -> float:
 )
 def test_an_error_that_may_pass_is_tried_again(passing: Callable[[], httpx.Response]) -> None:
     candidates, metrics = on_index(search, Scripted(passing, passing, found(point(1, item_id="a"))), 5)
-    assert [(candidate.item_id, candidate.score) for candidate in candidates] == [("a", 1.0)]
+    assert (item_ids(candidates), candidates[0].score) == (["a"], 1.0)
     assert retries(metrics) == 2
 
 
@@ -154,7 +160,7 @@ def test_an_answer_that_is_not_qdrants_is_told_at_once(answer: str) -> None:
 def test_seen_items_are_overfetched_and_dropped_in_order() -> None:
     qdrant = Scripted(found(*(point(number, item_id=str(number)) for number in (9, 8, 7, 6))))
     candidates, _ = on_index(lambda index: search(index, seen=np.array([8, 8, 5], np.uint64)), qdrant)
-    assert [candidate.item_id for candidate in candidates] == ["9", "7"]
+    assert item_ids(candidates) == ["9", "7"]
     assert b'"limit":4' in qdrant.requests[0].content
 
 
@@ -162,4 +168,4 @@ def test_ids_over_63_bits_are_recognised() -> None:
     large = 2**64 - 1
     qdrant = Scripted(found(point(large, item_id="large"), point(1, item_id="a")))
     candidates, _ = on_index(lambda index: search(index, seen=np.array([large], np.uint64)), qdrant)
-    assert [candidate.item_id for candidate in candidates] == ["a"]
+    assert item_ids(candidates) == ["a"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from qdrant_client import models
 
-from retriever.encode import VersionError, load_version
+from retriever.encode import Asked, VersionError, load_version
 from streams.contract import hash_id, hash_ids
 from tests.retriever.published import CONFIG, Published, Publisher
 from tests.retriever.running import Running, wait_until
@@ -173,9 +173,10 @@ class TestLoading:
         served = load_version(publisher.model_dir, publisher.alias, version.manifest.collection)
         assert served.manifest == version.manifest
         assert served.config == CONFIG
-        query = served.encode(7, hash_ids(["item-1"]), {"device": "phone"}, 0.5)
+        asked = Asked(7, hash_ids(["item-1"]), {"device": "phone"}, 0.5)
+        query = served.encode([asked])[0]
         here = type(served)(served.collection, served.manifest, served.config, version.tower)
-        assert query == here.encode(7, hash_ids(["item-1"]), {"device": "phone"}, 0.5)
+        assert query == here.encode([asked])[0]
         assert len(query.dense) == 9
         known = np.log(2) - 1.5
         np.testing.assert_allclose(np.linalg.norm(query.dense[:8]), (0.7 + 0.2 * known) / CONFIG.temperature, rtol=1e-5)
@@ -185,7 +186,7 @@ class TestLoading:
 
     def test_nobody_is_not_the_user_of_row_0(self, version: Published, publisher: Publisher) -> None:
         served = load_version(publisher.model_dir, publisher.alias, version.manifest.collection)
-        nobody, row_0 = (served.encode(user, hash_ids(["item-1"]), {}, 1.0) for user in (None, 0))
+        nobody, row_0 = served.encode([Asked(user, hash_ids(["item-1"]), {}, 1.0) for user in (None, 0)])
         assert nobody != row_0
 
     @pytest.mark.parametrize(
