@@ -102,6 +102,18 @@ ROWS: dict[str, list[Panel]] = {
             12,
         ),
         Panel(
+            "Freshness by stage",
+            "95th percentile of the seconds of a click in Kafka and streams (queue), in the trainer (learn), and from "
+            "there to the acknowledged publish; and how old the oldest learnt click is that is not servable yet.",
+            SECONDS,
+            {
+                stage: quantile(0.95, TRAINER + "servable_stage_seconds", stage=stage)
+                for stage in ("queue", "learn", "publish")
+            }
+            | {"oldest waiting": f"time() - ({TRAINER}unservable_click_timestamp_seconds > 0)"},
+            12,
+        ),
+        Panel(
             "Drift by other measures",
             "Jensen-Shannon distance, in which items that came or went altogether weigh most, and the population "
             "stability index over deciles of popularity, in which only moves between popular and rare items count: "
@@ -189,11 +201,13 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             "Items",
-            "Items that may be served, those touched since the last acknowledged publish, and those that are gone.",
+            "Items that may be served, those that wait for a delta, the most that the next delta takes, and those that "
+            "are gone.",
             COUNT,
             {
                 "known": TRAINER + "items_known",
                 "unpublished": TRAINER + "items_unpublished",
+                "delta takes": TRAINER + "delta_limit_items",
                 "deleted": TRAINER + "items_deleted",
             },
         ),

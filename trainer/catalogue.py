@@ -66,6 +66,7 @@ class Catalogue:
         self._log_count = np.zeros((0, len(self._rates)), np.float64)
         self._added = np.zeros(0, np.int64)
         self._touched = np.zeros(0, np.int64)
+        self._published = np.zeros(0, np.int64)
         self._deleted = np.zeros(0, np.bool_)
         self._embedding = np.zeros((0, embedding_dim), np.float32)
         self.clicks_counted = 0
@@ -107,6 +108,11 @@ class Catalogue:
     def touched(self) -> Int64Array:
         """int64 [N] step of the last click or change."""
         return self._touched[: self._size]
+
+    @property
+    def published(self) -> Int64Array:
+        """int64 [N] step of the copy that the live version has of the item, −1 before the first; the publisher's."""
+        return self._published[: self._size]
 
     @property
     def deleted(self) -> Any:
@@ -241,7 +247,7 @@ class Catalogue:
         self.gone = {item_hash: when for item_hash, when in self.gone.items() if when > step}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the embeddings, which follow from the towers; arrays and lists are copies."""
+        """Everything but the embeddings, which follow from the towers, and `published`; arrays and lists are copies."""
         return {
             "item_hash": self.item_hash.copy(),
             "item_id": list(self._item_ids),
@@ -272,6 +278,7 @@ class Catalogue:
         for name in names:
             setattr(self, f"_{name}", np.array(state[name]))
         self._embedding = np.zeros((self._size, self._embedding.shape[1]), np.float32)
+        self._published = np.full(self._size, -1, np.int64)
         self._row = dict(zip(self._item_hash.tolist(), range(self._size), strict=True))
         self.num_deleted = int(self._deleted.sum())
         self.clicks_counted, self.num_dropped = int(state["clicks_counted"]), int(state["num_dropped"])
@@ -282,7 +289,7 @@ class Catalogue:
     def _columns(self, change: Callable[[Any, float], Any]) -> None:
         for name, fill in (
             ("item_hash", 0), ("num_clicks", 0), ("log_count", -math.inf), ("added", 0), ("touched", 0),
-            ("deleted", False), ("embedding", 0.0),
+            ("published", -1), ("deleted", False), ("embedding", 0.0),
         ):  # fmt: skip
             setattr(self, f"_{name}", change(getattr(self, f"_{name}"), fill))
 

@@ -53,6 +53,7 @@ class Loop:
         while not (stop.is_set() or poll.ended):
             with self.metrics.stage("wait"):
                 poll = self.source.poll(POLL_SECONDS)
+            self.publisher.freshness.taken()
             with self.metrics.stage("items"):
                 self._take_items(poll)
             for place, delivery in enumerate(poll.deliveries, 1):
@@ -95,7 +96,7 @@ class Loop:
             self.guard.trip("non_finite", f"clicks {batch.offset[0]} … of partition {batch.partition}: {error}")
             self.metrics.clicks_passed_over.inc(len(batch))
             return
-        self.publisher.freshness.note(progress.step, batch.ingest_time)
+        self.publisher.freshness.note(progress.step, batch.item_hash, batch.ingest_time)
         progress.note(len(batch), result.loss)
         self.metrics.learnt(len(batch), result.num_steps, result.loss, float(batch.ingest_time.max()))
         self.guard.observe(result.gradient_norm, self.model.evaluation)

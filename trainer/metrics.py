@@ -34,6 +34,8 @@ DANGERS = ("non_finite", "norm", "recall")
 """What trips the guard: see `trainer.guard`."""
 STAGES = ("wait", "items", "evaluate", "learn", "touch", "checkpoint", "publish")
 """What the loop's thread spends its time on."""
+SERVABLE_STAGES = ("queue", "learn", "publish")
+"""What a click's time until it is servable is made of: see `trainer.freshness`."""
 SERVABLE_SECONDS = tuple(sorted({5.0, 10.0} | {round(0.01 * 1.25**k, 6) for k in range(48)}))
 """Edges of the freshness histogram: 10 ms to 6 minutes in steps of a quarter, and the objectives 5 s and 10 s."""
 LOSSES = 100
@@ -43,29 +45,40 @@ LOSSES = 100
 class SecondsHistogram(Collector):
     """A classic Prometheus histogram that observes whole arrays; safe to observe from any thread."""
 
-    def __init__(self, name: str, text: str, edges: tuple[float, ...], registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        edges: tuple[float, ...],
+        registry: CollectorRegistry,
+        label: str = "",
+        values: tuple[str, ...] = ("",),
+    ) -> None:
+        """`values`: all that the label ever has; without a label there is one histogram."""
         self.name, self.text = name, text
-        self._edges = np.array(edges)
-        self._counts = np.zeros(len(edges) + 1, np.int64)
-        self._sum = 0.0
+        self._edges, self._label, self._values = np.array(edges), label, values
+        self._counts = np.zeros((len(values), len(edges) + 1), np.int64)
+        self._sums = np.zeros(len(values))
         self._lock = threading.Lock()
         registry.register(self)
 
-    def observe(self, seconds: Float64Array, weights: Float64Array | None = None) -> None:
-        """Counts each of `seconds` [n], `weights` [n] times (once by default)."""
+    def observe(self, seconds: Float64Array, weights: Float64Array | None = None, value: str = "") -> None:
+        """Counts each of `seconds` [n], `weights` [n] times (once by default), where the label has this value."""
         place = np.searchsorted(self._edges, seconds, side="left")
-        counts = np.bincount(place, weights, minlength=len(self._counts)).astype(np.int64)
+        counts = np.bincount(place, weights, minlength=self._counts.shape[1]).astype(np.int64)
+        row = self._values.index(value)
         with self._lock:
-            self._counts += counts
-            self._sum += float(np.dot(seconds, np.ones(len(seconds)) if weights is None else weights))
+            self._counts[row] += counts
+            self._sums[row] += np.dot(seconds, np.ones(len(seconds)) if weights is None else weights)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """The histogram as Prometheus reads it."""
         with self._lock:
-            cumulative, total = np.cumsum(self._counts), self._sum
+            cumulative, sums = np.cumsum(self._counts, axis=1).astype(float).tolist(), self._sums.tolist()
         edges = [*map(floatToGoString, self._edges), "+Inf"]
-        family = HistogramMetricFamily(self.name, self.text)
-        family.add_metric([], list(zip(edges, cumulative.astype(float), strict=True)), total)
+        family = HistogramMetricFamily(self.name, self.text, labels=[self._label] if self._label else [])
+        for value, counts, total in zip(self._values, cumulative, sums, strict=True):
+            family.add_metric([value] if self._label else [], list(zip(edges, counts, strict=True)), total)
         yield family
 
 
@@ -173,13 +186,34 @@ class Metrics:
             "publish_timestamp_seconds", "When a publish was last acknowledged, in seconds since the epoch."
         )
         self.items_unpublished = gauge(
-            "items_unpublished", "Items touched since the copy that the last acknowledged publish was made from."
+            "items_unpublished",
+            "Items that the live version does not hold as they are: touched since they were published last, as of the "
+            "last delta that was begun or acknowledged.",
+        )
+        self.unservable_timestamp = gauge(
+            "unservable_click_timestamp_seconds",
+            "Smallest ingest time among the learnt clicks that no acknowledged publish carries yet, in seconds since "
+            "the epoch, as of the last delta that was begun or acknowledged; 0: there is none.",
+        )
+        self.delta_limit = gauge(
+            "delta_limit_items",
+            "Most points of the next delta: those that fit publish_interval_seconds at the measured rate; what is "
+            "left over waits for the one after.",
         )
         self.click_to_servable = SecondsHistogram(
             stem + "click_to_servable_seconds",
             "Seconds from a click's ingest time (Kafka's timestamp) to the acknowledged publish with its effect.",
             SERVABLE_SECONDS,
             registry,
+        )
+        self.servable_stage = SecondsHistogram(
+            stem + "servable_stage_seconds",
+            "Seconds of a click by stage: queue = from its ingest time to the poll that gave it to the trainer; "
+            "learn = from there until it is learnt; publish = from there to the acknowledged publish with its effect.",
+            SERVABLE_SECONDS,
+            registry,
+            "stage",
+            SERVABLE_STAGES,
         )
 
         self.checkpoint_seconds = histogram(

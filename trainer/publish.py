@@ -14,8 +14,9 @@ itself, so that nothing that an earlier process still has under way can reach th
 query tower of a version stands still while item vectors move, and a young model moves fastest; but never within four
 times what the last one took. At once when the live collection or the alias has disappeared.
 
-**Delta** = the items touched since the last acknowledged copy, new items first, into the live collection; and a delete
-of all items that went since the version was taken, again each time, so that a late upsert brings none back for long.
+**Delta** = the items touched since their last acknowledged copy, as many as fit the interval, new items first
+(`waiting`), into the live collection; and a delete of all items that went since the version was taken, again each time,
+so that a late upsert brings none back for long.
 
 While Qdrant is away, learning goes on; what is touched meanwhile is published when it is back.
 """
@@ -34,7 +35,7 @@ from typing import Any, TypeVar
 import numpy as np
 import structlog
 
-from streams.contract import Float32Array, Int64Array
+from streams.contract import Float32Array, Int64Array, UInt64Array
 from trainer.contract import Manifest, collection_name
 from trainer.covisit import SMOOTHING
 from trainer.freshness import Freshness
@@ -43,6 +44,7 @@ from trainer.metrics import Metrics
 from trainer.model import Model
 from trainer.progress import Progress
 from trainer.rollout import Copy, Delta, Done, Filled, Rollout, Version
+from trainer.waiting import PublishRate, Turn, give_back, take_turn
 
 GATHER_ITEMS = 8_192
 """Items whose inputs are gathered, and that are embedded, at a time."""
@@ -50,6 +52,7 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Between attempts to publish, while Qdrant is away."""
 CLOSE_SECONDS = 3.0
 """How long `close` waits for what is under way."""
+NOTHING = np.zeros(0, np.uint64)
 
 ResultT = TypeVar("ResultT")
 log = structlog.get_logger()
@@ -79,11 +82,15 @@ class Publisher:
         self._catalogue, self._learner = model.catalogue, model.learner
         self._stopping = stopping or threading.Event()
         self._rising = rollout.rising
-        self.freshness = Freshness(metrics.click_to_servable)
+        self.freshness = Freshness(metrics, rollout.clock)
         self.live: Version | None = None
         """The live version, if this process has published one."""
         self.published_step = -1
-        """What was touched after it is not in the live version, or not as it is now."""
+        """What was touched after it is not in the live version, or not as it is now; nor are the items left over."""
+        self._rate = PublishRate(self._settings.publish_interval_seconds, self._settings.publish_batch_points)
+        self._turn: Turn | None = None
+        """Of the delta that is under way."""
+        self._num_left = 0
         self._fill: Future[Filled] | None = None
         self._filled: Filled | None = None
         self._switch: Future[Done] | None = None
@@ -97,23 +104,25 @@ class Publisher:
         now = self._rising()
         self._finish(now)
         if self._filled is not None and self._switch is None and self._delta is None:
-            filled, catch_up = self._filled, self._take_delta(self._filled.version, self._filled.version.step)
+            filled, catch_up = self._filled, self._take_catch_up(self._filled.version)
             self._switch = _start(lambda: self._rollout.make_live(filled, catch_up))
         if self._fill is None and self._filled is None and now >= self._full_due and self._catalogue.num_items:
             taken, self._full_started = self._take_copy(), now
             self._fill = _start(lambda: self._rollout.fill(taken))
         if self.live is not None and self._delta is None and self._switch is None and now >= self._delta_due:
             self._delta_due = now + self._settings.publish_interval_seconds
-            if self._progress.step > self.published_step:
-                version, delta = self.live, self._take_delta(self.live, self.published_step)
-                self._metrics.items_unpublished.set(len(delta.points))
+            if self._progress.step > self.published_step or self._num_left:
+                self._turn = take_turn(self._catalogue, self._progress.step, self._rate.limit)
+                version, delta = self.live, self._take_delta(self.live, self._turn.rows)
+                self._report(len(self._turn.rows) + len(self._turn.left))
                 self._delta = _start(lambda: self._rollout.publish_delta(version, delta))
 
     @property
     def idle(self) -> bool:
         """Whether the live version has all that is known, and nothing is under way."""
         under_way = any(part is not None for part in (self._fill, self._filled, self._switch, self._delta))
-        return self.live is not None and not under_way and self.published_step >= self._progress.step
+        has_all = self.published_step >= self._progress.step and not self._num_left
+        return self.live is not None and not under_way and has_all
 
     def close(self) -> None:
         """Stops what is under way; nothing is lost, for a restart publishes in full."""
@@ -182,10 +191,13 @@ class Publisher:
             }
         return weights
 
-    def _take_delta(self, version: Version, since: int) -> Delta:
+    def _take_catch_up(self, version: Version) -> Delta:
+        """All that was touched since the copy of a version that is not live yet."""
+        catalogue = self._catalogue
+        return self._take_delta(version, np.flatnonzero((catalogue.touched > version.step) & ~catalogue.deleted))
+
+    def _take_delta(self, version: Version, rows: Int64Array) -> Delta:
         catalogue, scale = self._catalogue, self._settings.popularity_scale
-        rows = np.flatnonzero((catalogue.touched > since) & ~catalogue.deleted)
-        rows = rows[np.argsort(catalogue.added[rows] <= since, kind="stable")]
         vectors = joined_vectors(catalogue.embedding[rows], catalogue.log_counts(rows), version.landmark, scale)
         counts = self._model.covisit
         covisit = counts.item_vectors(rows, catalogue.item_hash) if counts is not None else None
@@ -204,9 +216,12 @@ class Publisher:
 
     def _finish(self, now: float) -> None:
         if self._delta is not None and self._delta.done():
-            delta, self._delta = self._delta, None
+            delta, self._delta, turn, self._turn = self._delta, None, self._turn, None
+            assert turn is not None
             if done := self._result(delta, "delta", now):
-                self._acknowledged(done, "delta")
+                self._acknowledged(done, "delta", turn.left)
+            else:
+                give_back(self._catalogue, turn)
         if self._fill is not None and self._fill.done():
             fill, self._fill = self._fill, None
             if filled := self._result(fill, "full", now):
@@ -228,6 +243,7 @@ class Publisher:
     def _went_live(self, version: Version, done: Done, now: float) -> None:
         self.live = version
         self._catalogue.forget_gone(version.step)
+        self._catalogue.published[:] = done.step
         self._acknowledged(done, "full")
         self._metrics.index_version.set(version.number)
         self._metrics.index_version_timestamp.set(version.created_at)
@@ -241,14 +257,21 @@ class Publisher:
         self._full_due = self._full_started + max(interval, 4 * (now - self._full_started))
         log.info("published", model_version=version.number, items=done.num_points, seconds=round(done.seconds, 3))
 
-    def _acknowledged(self, done: Done, kind: str) -> None:
-        self.published_step = done.step
+    def _acknowledged(self, done: Done, kind: str, left: UInt64Array = NOTHING) -> None:
+        self.published_step, self._num_left = done.step, len(left)
         self._failures[kind] = 0
-        self.freshness.acknowledge(done.step, done.acknowledged_at)
+        if kind == "delta" or not self._rate.points_per_second:
+            self._rate.observe(done.num_points, done.seconds)
+        self.freshness.acknowledge(done.step, done.acknowledged_at, left)
         self._metrics.items_published.labels(kind).inc(done.num_points)
         self._metrics.publish_seconds.labels(kind).observe(done.seconds)
         self._metrics.publish_timestamp.set(done.acknowledged_at)
-        self._metrics.items_unpublished.set(0)
+        self._report(len(left))
+
+    def _report(self, num_waiting: int) -> None:
+        self._metrics.items_unpublished.set(num_waiting)
+        self._metrics.unservable_timestamp.set(self.freshness.oldest)
+        self._metrics.delta_limit.set(self._rate.limit)
 
     def _result(self, future: Future[ResultT], kind: str, now: float) -> ResultT | None:
         """What a finished job gives, or None: it failed, which is counted and its next attempt set."""

@@ -44,7 +44,7 @@ class SilentPublisher:
     """Publishes nothing; counts how often it was asked."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self.freshness = Freshness(metrics.click_to_servable)
+        self.freshness = Freshness(metrics)
         self.num_advances = 0
 
     def advance(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
+from streams.contract import hash_ids
 from trainer.freshness import MANY, Freshness
-from trainer.metrics import CUTOFFS, SERVABLE_SECONDS, STAGES, Metrics, SecondsHistogram
+from trainer.metrics import CUTOFFS, SERVABLE_SECONDS, SERVABLE_STAGES, STAGES, Metrics, SecondsHistogram
 
 
 @given(st.lists(st.floats(0, 1000) | st.sampled_from(SERVABLE_SECONDS), max_size=50))
@@ -40,36 +42,83 @@ def test_the_objectives_are_edges_and_steps_are_a_quarter_at_most() -> None:
 def test_every_child_is_there_before_anything_happens() -> None:
     metrics = Metrics()
     text = generate_latest(metrics.registry).decode()
-    for label in [f'k="{k}"' for k in CUTOFFS] + [f'stage="{stage}"' for stage in STAGES] + ['kind="full"']:
+    for label in (
+        [f'k="{k}"' for k in CUTOFFS] + [f'stage="{stage}"' for stage in STAGES] + ['kind="full"', 'stage="queue"']
+    ):
         assert label in text
     assert 'streamtower_trainer_click_to_servable_seconds_bucket{le="10.0"} 0.0' in text
     assert "_created" not in text
 
 
+ITEMS = hash_ids(["a", "b"])
+
+
+def freshness_at(*moments: float) -> tuple[Freshness, Callable[..., float]]:
+    """A freshness whose clock says these moments, one after the other and then the last; its histograms' samples."""
+    metrics, times = Metrics(), list(moments)
+    freshness = Freshness(metrics, lambda: times.pop(0) if len(times) > 1 else times[0])
+
+    def value(name: str, **labels: str) -> float:
+        found = metrics.registry.get_sample_value(f"streamtower_trainer_{name}", labels)
+        assert found is not None
+        return found
+
+    return freshness, value
+
+
 def test_clicks_that_wait_long_are_put_together_and_none_is_lost() -> None:
-    metrics = Metrics()
-    freshness = Freshness(metrics.click_to_servable)
+    freshness, value = freshness_at(1_050.0)
     for step in range(MANY + 10):
-        freshness.note(step, np.array([1_000.0, 1_000.01 + step // 100]))
+        freshness.note(step, ITEMS, np.array([1_000.0, 1_000.01 + step // 100]))
     assert len(freshness._waiting) < 20
+    assert freshness.oldest == 1_000.0
     freshness.acknowledge(MANY + 9, 1_100.0)
-
-    def value(name: str, **labels: str) -> float | None:
-        return metrics.registry.get_sample_value(f"streamtower_trainer_click_to_servable_seconds_{name}", labels)
-
     count = 2 * (MANY + 10)
-    assert value("count") == count and value("bucket", le="+Inf") == count
+    assert value("click_to_servable_seconds_count") == count
+    assert value("click_to_servable_seconds_bucket", le="+Inf") == count
     exact = (MANY + 10) * 100.0 + sum(99.99 - step // 100 for step in range(MANY + 10))
-    assert value("sum") == pytest.approx(exact, rel=1e-3)
+    assert value("click_to_servable_seconds_sum") == pytest.approx(exact, rel=1e-3)
+    assert value("servable_stage_seconds_sum", stage="publish") == pytest.approx(count * 50.0)
+    assert freshness.oldest == 0.0
 
 
 def test_clicks_learnt_after_the_copy_go_on_waiting() -> None:
-    metrics = Metrics()
-    freshness = Freshness(metrics.click_to_servable)
-    freshness.note(1, np.array([10.0]))
-    freshness.note(2, np.array([11.0]))
+    freshness, value = freshness_at(11.0)
+    freshness.note(1, ITEMS[:1], np.array([10.0]))
+    freshness.note(2, ITEMS[:1], np.array([11.0]))
     freshness.acknowledge(1, 12.0)
     freshness.acknowledge(1, 13.0)
-    assert metrics.registry.get_sample_value("streamtower_trainer_click_to_servable_seconds_sum") == 2.0
+    assert value("click_to_servable_seconds_sum") == 2.0
     freshness.acknowledge(2, 14.0)
-    assert metrics.registry.get_sample_value("streamtower_trainer_click_to_servable_seconds_sum") == 5.0
+    assert value("click_to_servable_seconds_sum") == 5.0
+
+
+def test_the_stages_of_a_click_add_up_to_its_time_until_it_is_servable() -> None:
+    freshness, value = freshness_at(0.0, 103.0, 103.5, 103.75)  # made, taken, learnt, learnt
+    freshness.taken()
+    freshness.note(1, ITEMS, np.array([100.0, 102.0]))
+    freshness.note(2, ITEMS[:1], np.array([101.0]))
+    freshness.acknowledge(2, 106.0)
+    sums = {stage: value("servable_stage_seconds_sum", stage=stage) for stage in SERVABLE_STAGES}
+    assert sums == {"queue": 3.0 + 1.0 + 2.0, "learn": 0.5 + 0.5 + 0.75, "publish": 2.5 + 2.5 + 2.25}
+    assert sum(sums.values()) == value("click_to_servable_seconds_sum") == 6.0 + 4.0 + 5.0
+    assert {value("servable_stage_seconds_count", stage=stage) for stage in SERVABLE_STAGES} == {3.0}
+
+
+def test_clicks_on_items_that_are_left_over_wait_for_a_later_delta() -> None:
+    freshness, value = freshness_at(100.0)
+    freshness.note(1, ITEMS, np.array([90.0, 95.0]))
+    freshness.acknowledge(1, 100.0, left=ITEMS[:1])
+    assert value("click_to_servable_seconds_sum") == 5.0 and freshness.oldest == 90.0
+    freshness.acknowledge(2, 101.0)
+    assert value("click_to_servable_seconds_sum") == 16.0 and freshness.oldest == 0.0
+
+
+def test_clicks_that_were_put_together_wait_until_nothing_is_left_over() -> None:
+    freshness, value = freshness_at(100.0)
+    for step in range(MANY + 1):
+        freshness.note(step, ITEMS, np.array([90.0, 95.0]))
+    freshness.acknowledge(MANY, 100.0, left=ITEMS[:1])
+    assert value("click_to_servable_seconds_count") == 0
+    freshness.acknowledge(MANY, 101.0)
+    assert value("click_to_servable_seconds_count") == 2 * (MANY + 1)

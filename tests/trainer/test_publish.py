@@ -273,6 +273,43 @@ def test_a_delta_writes_the_touched_items_alone_into_the_live_collection(new: Ca
     assert publishing.value("items_published_total", kind="full") == 3
 
 
+class Measured(Index):
+    """Every upsert takes a second of the test's clock; keeps what it was given."""
+
+    def upsert(self, version: int, points: Points, step: int) -> None:
+        super().upsert(version, points, step)
+        self.clock.now += 1.0  # type: ignore[attr-defined]
+        self.given.append((step, points.item_ids))  # type: ignore[attr-defined]
+
+
+def test_more_than_fits_the_interval_goes_out_in_turns_and_all_of_it_is_measured(
+    new: Callable[..., Publishing],
+) -> None:
+    publishing = new(index_class=Measured)
+    given: list[tuple[int, list[str]]] = []
+    publishing.index.clock, publishing.index.given = publishing.clock, given  # type: ignore[attr-defined]
+    publishing.click(*[f"i{n}" for n in range(40)])
+    publishing.until(lambda: publishing.live == 1)  # 10 upserts of 4 points: 4 a second
+    assert publishing.value("delta_limit_items") == 8
+    clicked = [*[f"i{n}" for n in range(20)], *["i19"] * 30, "new"]
+    publishing.click(*clicked)
+    step, came = publishing.progress.step, publishing.clock.now
+    publishing.publisher.freshness.note(step, hash_ids(clicked), np.full(51, came))
+    publishing.clock.now += 2.0
+    publishing.publisher.advance()
+    assert publishing.value("items_unpublished") == 21
+    assert publishing.value("unservable_click_timestamp_seconds") == came
+    publishing.until(lambda: publishing.publisher.idle)
+    assert [len(items) for at, items in given if at == step] == [4, 4, 4, 4, 4, 1]
+    in_turn = [item for at, items in given if at == step for item in items]
+    assert in_turn[:2] == ["new", "i19"] and sorted(in_turn) == sorted(set(clicked))
+    # Acknowledged 4, 6 and 8 seconds after the clicks came: new, i19 with 31 clicks and 6 items; 8 items; 5 items.
+    assert publishing.value("click_to_servable_seconds_sum") == 4 * (1 + 31 + 6) + 6 * 8 + 8 * 5
+    assert publishing.value("servable_stage_seconds_count", stage="publish") == 51
+    assert publishing.value("unservable_click_timestamp_seconds") == publishing.value("items_unpublished") == 0
+    assert publishing.live == 1 and publishing.points().keys() == {f"i{n}" for n in range(40)} | {"new"}
+
+
 def test_popularity_of_touched_and_untouched_items_stays_comparable(new: Callable[..., Publishing]) -> None:
     publishing = new()
     publishing.click(*["a"] * 5, *["b"] * 3, "c")
@@ -559,7 +596,7 @@ def test_freshness_runs_from_ingest_to_the_acknowledgement_that_carries_the_clic
 ) -> None:
     publishing = new()
     publishing.click("a")
-    publishing.publisher.freshness.note(publishing.progress.step, np.array([990.0, 996.0, 999.9]))
+    publishing.publisher.freshness.note(publishing.progress.step, hash_ids(["a"] * 3), np.array([990.0, 996.0, 999.9]))
     publishing.settle()
 
     def observed(edge: str) -> float:
@@ -568,7 +605,7 @@ def test_freshness_runs_from_ingest_to_the_acknowledgement_that_carries_the_clic
     assert publishing.clock.now == 1_002.0
     assert (observed("5.0"), observed("10.0"), observed("+Inf")) == (1, 2, 3)
     publishing.click("b")
-    publishing.publisher.freshness.note(publishing.progress.step, np.array([1_003.0]))
+    publishing.publisher.freshness.note(publishing.progress.step, hash_ids(["b"]), np.array([1_003.0]))
     publishing.publisher.advance()
     assert observed("+Inf") == 3
     publishing.settle()
