@@ -189,6 +189,16 @@ ROWS: dict[str, list[Panel]] = {
             from_zero=False,
         ),
         Panel(
+            "Staleness of what is served",
+            "On a sample of items: cosine between the vector in the index and the one that the towers would give now "
+            "(mean, and what 95 % have at least), and the share of the best items that is lost by it.",
+            RATIO,
+            {
+                "cosine, {{of}}": TRAINER + "served_cosine_ratio",
+                "recall lost": TRAINER + "served_recall_lost_ratio",
+            },
+        ),
+        Panel(
             "Age of what is served",
             "Seconds since the copy of the live version was taken, since a publish was last acknowledged, and since "
             "the newest checkpoint.",

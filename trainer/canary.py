@@ -1,19 +1,19 @@
 """Whether a filled version finds what it holds: canary queries, as it would be searched, against exact search.
 
 Station: in the rollout, between a collection that is whole and the alias that is switched to it. It searches nothing
-itself and decides nothing.
+itself and decides nothing. The same invented users tell later how stale the version has become (`staleness`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from streams.contract import Float32Array, UInt64Array
+from streams.contract import Float32Array, Int64Array, UInt64Array
 from trainer.contract import Manifest, query_vector
-from trainer.towers import QueryTower, query_inputs
+from trainer.towers import QueryInputs, TowerConfig, query_inputs
 
 LIMIT = 100
 """Best items that are compared."""
@@ -25,27 +25,37 @@ Hits = Sequence[tuple[int, float]]
 """Point ids and scores, best first."""
 
 
-def canary_queries(
-    manifest: Manifest, query_tower: QueryTower, item_hash: UInt64Array, num_queries: int
-) -> Float32Array:
-    """Dense queries of invented users, whose histories are 1 … 5 of these items: float32 [num_queries, D + H].
+@dataclass(frozen=True)
+class Users:
+    """u users that nobody is: each has clicked a few of the items."""
 
-    The same version gives the same ones.
+    inputs: QueryInputs
+    lengths: Int64Array
+    """[u] of their histories."""
+
+    def queries(self, manifest: Manifest, embedding: Float32Array) -> Float32Array:
+        """Their dense queries at popularity 1: float32 [u, D + H].
+
+        Args:
+            manifest: has the weights.
+            embedding: float32 [u, D] of the query tower.
+        """
+        pairs = zip(embedding.tolist(), self.lengths.tolist(), strict=True)
+        return np.array([query_vector(manifest, row, 1.0, length) for row, length in pairs], np.float32)
+
+
+def invent_users(config: TowerConfig, item_hash: UInt64Array, num_users: int, seed: int) -> Users:
+    """Users whose histories are 1 … 5 of these items, drawn at random.
 
     Args:
-        manifest: the version's.
-        query_tower: the version's.
+        config: of the towers.
         item_hash: uint64 [n], n ≥ 1.
-        num_queries: ≥ 1.
+        num_users: u ≥ 1.
+        seed: the same one gives the same users.
     """
-    random = np.random.default_rng(manifest.model_version)
-    lengths = 1 + np.arange(num_queries) % HISTORY_ITEMS
-    histories = random.choice(item_hash, int(lengths.sum()))
-    inputs = query_inputs(query_tower.config, None, histories, np.concatenate(([0], np.cumsum(lengths))))
-    with torch.inference_mode():
-        embedding = query_tower(inputs).tolist()
-    queries = [query_vector(manifest, row, 1.0, n) for row, n in zip(embedding, lengths.tolist(), strict=True)]
-    return np.array(queries, np.float32)
+    lengths = 1 + np.arange(num_users) % HISTORY_ITEMS
+    histories = np.random.default_rng(seed).choice(item_hash, int(lengths.sum()))
+    return Users(query_inputs(config, None, histories, np.concatenate(([0], np.cumsum(lengths)))), lengths)
 
 
 def recall_of(found: Sequence[Hits], exact: Sequence[Hits]) -> float:

@@ -201,6 +201,16 @@ class Index:
         answers = self._call(lambda: self._client.query_batch_points(name, requests))
         return [[(int(point.id), point.score) for point in answer.points] for answer in answers]
 
+    def vectors(self, version: int, item_hash: UInt64Array) -> dict[int, Float32Array]:
+        """Point id → `dense` [D + H] of those of these points that a version has."""
+        name, ids = collection_name(self.alias, version), item_hash.tolist()
+        records = self._call(lambda: self._client.retrieve(name, ids, with_payload=False, with_vectors=[DENSE]))
+        return {
+            int(record.id): np.array(record.vector[DENSE], np.float32)
+            for record in records
+            if isinstance(record.vector, dict) and DENSE in record.vector
+        }
+
     def switch(self, version: int) -> None:
         """Makes the alias name this version: in one call, so that there is always one."""
         name = collection_name(self.alias, version)

@@ -169,6 +169,20 @@ class Metrics:
             "kind",
         )
         self.publish_failures = counter("publish_failures_total", "Publishes given up after all attempts.", "kind")
+        self.served_cosine = gauge(
+            "served_cosine_ratio",
+            "Cosine between the item embedding that the index holds and the one that the towers give now, over "
+            "staleness_items items drawn at random: of = mean; p95: 95 % of the items have at least this one.",
+            "of",
+        )
+        self.recall_lost = gauge(
+            "served_recall_lost_ratio",
+            "1 - share of the best tenth of staleness_items items by the towers, weights and counts of now that is "
+            "also in the best tenth as served (dense score), mean over canary_queries invented users.",
+        )
+        self.early_publishes = counter(
+            "early_publishes_total", "Full publishes begun early: served_recall_lost_ratio was too high."
+        )
         self.canary_recall = gauge(
             "canary_recall_ratio",
             "Share of the exact best 100 items of canary queries that the newest version finds with its collection's "
@@ -256,6 +270,8 @@ class Metrics:
         for kind in PUBLISH_KINDS:
             for metric in (self.items_published, self.publish_seconds, self.publish_failures):
                 metric.labels(kind)
+        for of in ("mean", "p95"):
+            self.served_cosine.labels(of)
         for cutoff in CUTOFFS:
             self.prequential_recall.labels(str(cutoff))
             self.popularity_recall.labels(str(cutoff))

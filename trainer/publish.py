@@ -12,7 +12,8 @@ When: as soon as there is an item, also after a restart: a process writes only i
 itself, so that nothing that an earlier process still has under way can reach the live one. Then after
 `first_publish_interval_seconds`, then after twice as long each time up to `full_publish_interval_seconds`, because the
 query tower of a version stands still while item vectors move, and a young model moves fastest; but never within four
-times what the last one took. At once when the live collection or the alias has disappeared.
+times what the last one took. At once when the live collection or the alias has disappeared, and as soon as that allows
+it when what is served has fallen too far behind (`staleness`).
 
 **Delta** = the items touched since their last acknowledged copy, as many as fit the interval, new items first
 (`waiting`), into the live collection; and a delete of all items that went since the version was taken, again each time,
@@ -27,7 +28,6 @@ import copy
 import math
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -43,7 +43,8 @@ from trainer.index import CanaryError, CollectionGoneError, IndexAwayError, Poin
 from trainer.metrics import Metrics
 from trainer.model import Model
 from trainer.progress import Progress
-from trainer.rollout import Copy, Delta, Done, Filled, Rollout, Version
+from trainer.rollout import Copy, Delta, Done, Filled, Rollout, Served, Version, start_job
+from trainer.staleness import Staleness
 from trainer.waiting import PublishRate, Turn, give_back, take_turn
 
 GATHER_ITEMS = 8_192
@@ -91,6 +92,9 @@ class Publisher:
         self._turn: Turn | None = None
         """Of the delta that is under way."""
         self._num_left = 0
+        self._staleness = Staleness(model, rollout.index, self._settings, metrics)
+        self._served: Served | None = None
+        self._full_took = 0.0
         self._fill: Future[Filled] | None = None
         self._filled: Filled | None = None
         self._switch: Future[Done] | None = None
@@ -105,17 +109,22 @@ class Publisher:
         self._finish(now)
         if self._filled is not None and self._switch is None and self._delta is None:
             filled, catch_up = self._filled, self._take_catch_up(self._filled.version)
-            self._switch = _start(lambda: self._rollout.make_live(filled, catch_up))
+            self._switch = start_job(lambda: self._rollout.make_live(filled, catch_up))
         if self._fill is None and self._filled is None and now >= self._full_due and self._catalogue.num_items:
             taken, self._full_started = self._take_copy(), now
-            self._fill = _start(lambda: self._rollout.fill(taken))
+            self._fill = start_job(lambda: self._rollout.fill(taken))
         if self.live is not None and self._delta is None and self._switch is None and now >= self._delta_due:
             self._delta_due = now + self._settings.publish_interval_seconds
             if self._progress.step > self.published_step or self._num_left:
                 self._turn = take_turn(self._catalogue, self._progress.step, self._rate.limit)
                 version, delta = self.live, self._take_delta(self.live, self._turn.rows)
                 self._report(len(self._turn.rows) + len(self._turn.left))
-                self._delta = _start(lambda: self._rollout.publish_delta(version, delta))
+                self._delta = start_job(lambda: self._rollout.publish_delta(version, delta))
+        if self._served is not None and self._staleness.advance(now, self._served, self._manifest):
+            due = max(now, self._full_started + 4 * self._full_took)
+            if due < self._full_due and self._fill is None and self._filled is None:
+                self._metrics.early_publishes.inc()
+                self._full_due = due
 
     @property
     def idle(self) -> bool:
@@ -134,26 +143,12 @@ class Publisher:
         self._finish(self._rising())
 
     def _take_copy(self) -> Copy:
-        catalogue, config, settings = self._catalogue, self._learner.config, self._settings
+        catalogue = self._catalogue
         rows = np.flatnonzero(~catalogue.deleted)
         # One copy of both, so that they go on sharing their tables.
         query_tower, item_tower = copy.deepcopy((self._learner.query_tower, self._learner.item_tower))
-        number = self._progress.model_version + 1
-        version = Version(number, catalogue.log_totals, self._progress.step, self._rollout.clock())
-        manifest = Manifest(
-            model_version=number,
-            collection=collection_name(self._rollout.index.alias, number),
-            embedding_dim=config.embedding_dim,
-            **self._weights(),
-            popularity_scale=settings.popularity_scale,
-            temperature=config.temperature,
-            towers=config.to_dict(),
-            num_items=len(rows),
-            step=self._learner.num_steps,
-            source_offsets=dict(self._progress.learnt),
-            settings_hash=settings.settings_hash,
-            created_at=version.created_at,
-        )
+        manifest = self._manifest()
+        version = Version(manifest.model_version, catalogue.log_totals, self._progress.step, manifest.created_at)
         starts = range(0, len(rows), GATHER_ITEMS)
         inputs = [catalogue.inputs_of_rows(rows[start : start + GATHER_ITEMS]) for start in starts]
         points = self._take_points(rows, catalogue.embedding[:0])
@@ -168,6 +163,24 @@ class Publisher:
             self._model.covisit and self._model.covisit.snapshot(),
             rows,
             catalogue.item_hash.copy(),
+        )
+
+    def _manifest(self) -> Manifest:
+        """Of the version that a copy taken now would be."""
+        config, settings, number = self._learner.config, self._settings, self._progress.model_version + 1
+        return Manifest(
+            model_version=number,
+            collection=collection_name(self._rollout.index.alias, number),
+            embedding_dim=config.embedding_dim,
+            **self._weights(),
+            popularity_scale=settings.popularity_scale,
+            temperature=config.temperature,
+            towers=config.to_dict(),
+            num_items=self._catalogue.num_items,
+            step=self._learner.num_steps,
+            source_offsets=dict(self._progress.learnt),
+            settings_hash=settings.settings_hash,
+            created_at=self._rollout.clock(),
         )
 
     def _weights(self) -> dict[str, Any]:
@@ -231,7 +244,7 @@ class Publisher:
         if self._filled is not None and self._switch is not None and self._switch.done():
             switch, filled, self._switch, self._filled = self._switch, self._filled, None, None
             if done := self._result(switch, "full", now):
-                self._went_live(filled.version, done, now)
+                self._went_live(filled, done, now)
 
     def _keep_embeddings(self, filled: Filled) -> None:
         """The evaluation uses the fresh embeddings too, except where an item was touched since."""
@@ -240,8 +253,10 @@ class Publisher:
         same[same] = self._catalogue.touched[rows[same]] <= filled.version.step
         self._catalogue.set_embedding(rows[same], filled.points.vectors[same])
 
-    def _went_live(self, version: Version, done: Done, now: float) -> None:
-        self.live = version
+    def _went_live(self, filled: Filled, done: Done, now: float) -> None:
+        version = self.live = filled.version
+        self._served = done.served
+        self._full_took = now - self._full_started
         self._catalogue.forget_gone(version.step)
         self._catalogue.published[:] = done.step
         self._acknowledged(done, "full")
@@ -254,7 +269,7 @@ class Publisher:
             self._settings.full_publish_interval_seconds,
         )
         self._num_full += 1
-        self._full_due = self._full_started + max(interval, 4 * (now - self._full_started))
+        self._full_due = self._full_started + max(interval, 4 * self._full_took)
         log.info("published", model_version=version.number, items=done.num_points, seconds=round(done.seconds, 3))
 
     def _acknowledged(self, done: Done, kind: str, left: UInt64Array = NOTHING) -> None:
@@ -294,19 +309,5 @@ class Publisher:
             else:
                 self._delta_due = now + pause
             if kind == "delta" and isinstance(error, CollectionGoneError):
-                self.live, self._full_due = None, now
+                self.live, self._served, self._full_due = None, None, now
             return None
-
-
-def _start(job: Callable[[], ResultT]) -> Future[ResultT]:
-    """Runs a job on a thread of its own: a daemon, so that it cannot keep the process alive."""
-    future: Future[ResultT] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(job())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="publish", daemon=True).start()
-    return future

@@ -9,7 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -17,14 +19,29 @@ import structlog
 import torch
 
 from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array
-from trainer.canary import LIMIT, canary_queries, recall_of
+from trainer.canary import LIMIT, Users, invent_users, recall_of
 from trainer.contract import Manifest, collection_name
 from trainer.covisit import Covisit, SparseVectors
 from trainer.index import CanaryError, CollectionGoneError, Index, IndexAwayError, Points, joined_vectors
 from trainer.towers import ItemInputs, ItemTower, QueryTower
 from trainer.versions import Versions
 
+ResultT = TypeVar("ResultT")
 log = structlog.get_logger()
+
+
+def start_job(job: Callable[[], ResultT]) -> Future[ResultT]:
+    """Runs a job on a thread of its own: a daemon, so that it cannot keep the process alive."""
+    future: Future[ResultT] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="publish", daemon=True).start()
+    return future
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,9 @@ class PublishSettings:
     green_seconds: float = 300.0
     canary_queries: int = 32
     canary_recall: float = 0.9
+    staleness_items: int = 256
+    staleness_interval_seconds: float = 10.0
+    full_publish_recall_lost: float = 0.5
     keep_versions: int = 2
     popularity_scale: float = 20.0
     settings_hash: str = ""
@@ -103,6 +123,17 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What a version answers its invented users with: all that is needed to see later how stale it has become."""
+
+    version: Version
+    manifest: Manifest
+    users: Users
+    queries: Float32Array
+    """[u, D + H] by the version's query tower and weights."""
+
+
+@dataclass(frozen=True)
 class Done:
     """A publish that was acknowledged."""
 
@@ -113,6 +144,8 @@ class Done:
     """Seconds since the epoch."""
     canary_recall: float | None = None
     """Of a full publish, where canary queries are asked."""
+    served: Served | None = None
+    """Of a full publish with items in it."""
 
 
 @dataclass(frozen=True)
@@ -173,11 +206,12 @@ class Rollout:
             raise IndexAwayError(f"version {number} has {found} points and should have {len(wanted)}")
         names = {"model_version": number, "collection": collection_name(self.index.alias, number)}
         manifest = msgspec.structs.replace(filled.copy.manifest, **names)
-        recall = self._ask_canaries(manifest, filled.copy.query_tower, wanted)
+        served = self._invent(filled.version, manifest, filled.copy.query_tower, wanted)
+        recall = self._ask_canaries(served) if served is not None and self.settings.canary_queries else None
         self.versions.write(manifest, filled.copy.query_tower)
         self.index.switch(number)
         num_points = len(filled.points) + len(catch_up.points)
-        done = Done(catch_up.step, num_points, self.rising() - filled.started, self.clock(), recall)
+        done = Done(catch_up.step, num_points, self.rising() - filled.started, self.clock(), recall, served)
         try:
             self._remove_old(number)
         except (IndexAwayError, CollectionGoneError) as error:
@@ -202,15 +236,23 @@ class Rollout:
         for batch in delta.points.batches(self.settings.publish_batch_points):
             self.index.upsert(number, batch, delta.step)
 
-    def _ask_canaries(self, manifest: Manifest, query_tower: QueryTower, item_hash: UInt64Array) -> float | None:
-        """Recall of the version's own way of searching. Raises CanaryError where that is too low."""
-        if not self.settings.canary_queries or not len(item_hash):
+    def _invent(
+        self, version: Version, manifest: Manifest, query_tower: QueryTower, item_hash: UInt64Array
+    ) -> Served | None:
+        if not len(item_hash):
             return None
-        queries = canary_queries(manifest, query_tower, item_hash, self.settings.canary_queries)
-        found, exact = (self.index.best(manifest.model_version, queries, LIMIT, exact=e) for e in (False, True))
+        users = invent_users(query_tower.config, item_hash, self.settings.canary_queries or 1, version.number)
+        with torch.inference_mode():
+            embedding = query_tower(users.inputs).numpy()
+        return Served(version, manifest, users, users.queries(manifest, embedding))
+
+    def _ask_canaries(self, served: Served) -> float:
+        """Recall of the version's own way of searching. Raises CanaryError where that is too low."""
+        number = served.version.number
+        found, exact = (self.index.best(number, served.queries, LIMIT, exact=exact) for exact in (False, True))
         recall = recall_of(found, exact)
         if recall < self.settings.canary_recall:
-            raise CanaryError(manifest.model_version, recall, self.settings.canary_recall)
+            raise CanaryError(number, recall, self.settings.canary_recall)
         return recall
 
     def _remove_unfinished(self, live: int | None) -> None:

@@ -101,6 +101,13 @@ class TrainerSettings(KafkaSettings):
     canary_recall: float = Field(0.9, ge=0, le=1)
     """Share of the exact best 100 items that canary queries must find with the collection's own parameters; a version
     that finds less does not go live."""
+    staleness_items: int = Field(256, ge=0, le=10_000)
+    """Items drawn to measure how far what is served lags behind what is learnt; 0: it is not measured."""
+    staleness_interval_seconds: float = Field(10.0, ge=0.1, le=3_600)
+    """Time between such measurements, in seconds."""
+    full_publish_recall_lost: float = Field(0.5, ge=0, le=1)
+    """Recall lost by what is served, above which the next version is published before its time, though not within four
+    times what the last one took; 0: never."""
     payload_indexes: dict[str, PayloadIndex] = Field(default_factory=dict)
     """JSON object of payload fields that queries filter by: name → keyword, integer, float, bool or datetime."""
     popularity_scale: float = Field(20.0, gt=0, le=1e6)

@@ -7,7 +7,7 @@ import pytest
 
 from streams.contract import hash_ids
 from tests.trainer.small_trainer import CONFIG
-from trainer.canary import canary_queries, recall_of
+from trainer.canary import invent_users, recall_of
 from trainer.contract import Manifest, query_vector
 from trainer.towers import build_towers, query_inputs
 
@@ -34,8 +34,10 @@ def test_another_item_that_is_as_good_as_the_last_one_counts() -> None:
 def test_the_queries_are_those_of_the_version_for_users_of_one_to_five_items() -> None:
     tower, _ = build_towers(CONFIG)
     items = hash_ids([f"i{n}" for n in range(9)])
-    queries = canary_queries(MANIFEST, tower, items, 10)
-    np.testing.assert_array_equal(queries, canary_queries(MANIFEST, tower, items, 10))
+    users, again = (invent_users(CONFIG, items, 10, seed=7) for _ in range(2))
+    assert users.lengths.tolist() == [1, 2, 3, 4, 5] * 2
+    queries = users.queries(MANIFEST, tower(users.inputs).detach().numpy())
+    np.testing.assert_array_equal(queries, again.queries(MANIFEST, tower(again.inputs).detach().numpy()))
     assert queries.shape == (10, 10)
     first = np.random.default_rng(7).choice(items, 30)[:1]  # 2 · (1 + … + 5) items
     embedding = tower(query_inputs(CONFIG, None, first, np.array([0, 1])))[0].tolist()

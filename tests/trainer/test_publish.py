@@ -613,6 +613,46 @@ def test_freshness_runs_from_ingest_to_the_acknowledgement_that_carries_the_clic
     assert publishing.value("click_to_servable_seconds_sum") == pytest.approx(12 + 6 + 2.1 + 1)
 
 
+def unlearn(publishing: Publishing, seed: int) -> None:
+    """As if much had been learnt: other towers, with the same items."""
+    other = Learner(CONFIG, replace(TRAINING, seed=seed), publishing.catalogue.inputs)
+    publishing.learner.load_state_dict(other.state_dict())
+
+
+def test_staleness_is_how_far_the_towers_have_moved_from_what_the_index_holds(new: Callable[..., Publishing]) -> None:
+    publishing = new(settings=replace(SETTINGS, full_publish_recall_lost=0.0, first_publish_interval_seconds=60.0))
+    publishing.click(*[f"i{n}" for n in range(60)])
+    publishing.settle()
+    publishing.until(lambda: publishing.value("served_cosine_ratio", of="mean"))
+    assert publishing.value("served_cosine_ratio", of="mean") == pytest.approx(1.0, abs=1e-5)
+    assert publishing.value("served_recall_lost_ratio") == 0.0
+    served = publishing.catalogue.embedding.copy()
+    unlearn(publishing, seed=8)
+    wanted = (served * publishing.learner.embed_items(publishing.catalogue.inputs_of_rows(np.arange(60)))).sum(1)
+    publishing.clock.now += 10.0
+    publishing.until(lambda: publishing.value("served_cosine_ratio", of="mean") < 0.99)
+    assert publishing.value("served_cosine_ratio", of="mean") == pytest.approx(wanted.mean(), abs=1e-5)
+    assert publishing.value("served_cosine_ratio", of="p95") == pytest.approx(np.quantile(wanted, 0.05), abs=1e-5)
+    assert publishing.value("served_recall_lost_ratio") > 0.3
+    assert publishing.live == 1 and publishing.value("early_publishes_total") == 0
+
+
+def test_too_much_recall_lost_brings_the_next_version_early(new: Callable[..., Publishing]) -> None:
+    settings = replace(SETTINGS, full_publish_recall_lost=0.3, first_publish_interval_seconds=60.0)
+    publishing = new(settings=settings)
+    publishing.click(*[f"i{n}" for n in range(60)])
+    publishing.settle()
+    unlearn(publishing, seed=8)
+    publishing.clock.now += 10.0
+    publishing.until(lambda: publishing.live == 2)
+    assert publishing.value("early_publishes_total") == 1
+    publishing.clock.now += 10.0
+    publishing.until(lambda: publishing.value("served_recall_lost_ratio") < 0.01)
+    publishing.until(lambda: publishing.publisher.idle)
+    assert publishing.live == 2 and publishing.value("early_publishes_total") == 1
+    assert publishing.value("served_cosine_ratio", of="mean") == pytest.approx(1.0, abs=1e-5)
+
+
 def test_versions_come_in_growing_intervals_and_never_crowd_the_index(new: Callable[..., Publishing]) -> None:
     publishing = new()
     publishing.click("a")
