@@ -40,6 +40,7 @@ def note(chunk: Chunk) -> None:
         values=chunk.values,
         timestamps=chunk.timestamps.tolist(),
         in_flight=app.consumer.in_flight.num_records,
+        fetch_wait_ms=app.consumer._thread._consumer._fetcher._fetch_max_wait_ms,
     )
 
 

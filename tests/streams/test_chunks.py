@@ -318,6 +318,11 @@ def test_chunks_follow_each_other_without_a_hole_and_are_of_about_the_wished_siz
     assert len(entries) >= len(reading.log) / (100 + 150)
 
 
+def test_the_broker_may_hold_an_answer_back_for_a_tenth_of_a_second(reading: Reading) -> None:
+    waits = {transport: reading.whole[transport].entries("chunk")[0]["fetch_wait_ms"] for transport in TRANSPORTS}
+    assert waits == {"fast": 100, "stock": 1_500}  # the latter is Faust's own
+
+
 @both_transports
 def test_reading_begins_at_a_committed_offset_inside_a_batch_and_gets_again_what_a_fetch_lost(
     reading: Reading, transport: str
