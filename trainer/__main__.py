@@ -166,12 +166,7 @@ def build(settings: TrainerSettings, metrics: Metrics, stop: threading.Event) ->
         keep=settings.keep_checkpoints,
         interval_seconds=settings.checkpoint_interval_seconds,
     )
-    progress = Progress(learnt=dict(settings.learn_from or {}))
-    if state := checkpoints.load():
-        model.learner.load_state_dict(state.learner)
-        model.catalogue.load_state_dict(state.catalogue)
-        model.load_scoring_state(dict(state.scoring))
-        progress = state.progress
+    progress = checkpoints.restore(model) or Progress(learnt=dict(settings.learn_from or {}))
     stopping = threading.Event()
     api_key = settings.qdrant_api_key.get_secret_value() if settings.qdrant_api_key else None
     index = Index(

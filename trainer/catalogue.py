@@ -23,11 +23,14 @@ import numpy as np
 import pyarrow as pa
 
 from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array, hash_ids
+from trainer.columns import Changes, Column
 from trainer.item_events import ItemChange
 from trainer.towers import ItemFeatures, ItemInputs, encode_item_features
 
 NO_PAYLOAD = b"{}"
 EMBED_ITEMS = 8_192
+_ROWS = ("item_hash", "num_clicks", "log_count", "added", "touched", "deleted")
+"""Of the state, the arrays with a row for each item."""
 """Items embedded at a time."""
 
 
@@ -69,6 +72,7 @@ class Catalogue:
         self._published = np.zeros(0, np.int64)
         self._deleted = np.zeros(0, np.bool_)
         self._embedding = np.zeros((0, embedding_dim), np.float32)
+        self._changed = Changes("catalogue")
         self.clicks_counted = 0
         """Clicks counted so far: the clock of the decay."""
         self._log_total: Float64Array = np.full(len(self._rates), -math.inf)
@@ -151,13 +155,13 @@ class Catalogue:
         if np.any(rows < 0):
             _, first = np.unique(item_hash, return_index=True)
             first = np.sort(first[rows[first] < 0])
-            self._touched[rows[rows >= 0]] = step
+            self._touch(rows[rows >= 0], step)
             self._make_room(len(first), step)
             new = np.arange(self._size, self._size + len(first))
             self._extend(item_hash[first], [str(item_ids[int(row)]) for row in first], step)
             self._row.update(zip(item_hash[first].tolist(), new.tolist(), strict=True))
             rows = self.find(item_hash)
-        self._touched[rows] = step
+        self._touch(rows, step)
         return rows
 
     def count(self, rows: Int64Array) -> None:
@@ -237,7 +241,7 @@ class Catalogue:
         gone = gone[gone >= 0]
         gone = gone[~self._deleted[gone]]
         self._deleted[gone] = True
-        self._touched[gone] = step
+        self._touch(gone, step)
         self.gone.update(dict.fromkeys(self._item_hash[gone].tolist(), step))
         self.num_deleted += len(gone) - len(back)
         return rows
@@ -246,21 +250,23 @@ class Catalogue:
         """Forgets what went before or at this step: the live version was filled without it."""
         self.gone = {item_hash: when for item_hash, when in self.gone.items() if when > step}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the embeddings, which follow from the towers, and `published`; arrays and lists are copies."""
+    @property
+    def changes(self) -> dict[str, Changes]:
+        """Name in the state → which rows have changed: those that were touched."""
+        features = [f"features.{name}" for name in self.features.state_dict()]
+        return dict.fromkeys([*_ROWS, "item_id", "payload", *features], self._changed)
+
+    def state_dict(self) -> dict[str, Column]:
+        """Everything but the embeddings, which follow from the towers, and `published`; its own columns, to be copied
+        before the next change."""
+        numbers = {"clicks_counted": np.array(self.clicks_counted), "num_dropped": np.array(self.num_dropped)}
         return {
-            "item_hash": self.item_hash.copy(),
-            "item_id": list(self._item_ids),
-            "payload": list(self._payloads),
-            "num_clicks": self.num_clicks.copy(),
-            "log_count": self._log_count[: self._size].copy(),
-            "added": self.added.copy(),
-            "touched": self.touched.copy(),
-            "deleted": self._deleted[: self._size].copy(),
-            "clicks_counted": self.clicks_counted,
+            **{name: getattr(self, f"_{name}")[: self._size] for name in _ROWS},
+            "item_id": self._item_ids,
+            "payload": self._payloads,
+            **numbers,
             "log_total": self.log_totals,
-            "num_dropped": self.num_dropped,
-            "features": self.features.state_dict(),
+            **{f"features.{name}": column for name, column in self.features.state_dict().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,13 +275,13 @@ class Catalogue:
         Raises:
             ValueError: the item features are of another configuration.
         """
-        self.features.load_state_dict(state["features"])
-        self._item_ids, self._payloads = list(state["item_id"]), list(state["payload"])
-        self._size = len(self._item_ids)
-        names = ("item_hash", "num_clicks", "log_count", "added", "touched", "deleted")
         if state["log_count"].shape[1] != len(self._rates):
             raise ValueError(f"there are {state['log_count'].shape[1]} half-lives, not {len(self._rates)}")
-        for name in names:
+        stem = "features."
+        self.features.load_state_dict({name.removeprefix(stem): state[name] for name in state if name.startswith(stem)})
+        self._item_ids, self._payloads = list(state["item_id"]), list(state["payload"])
+        self._size = len(self._item_ids)
+        for name in _ROWS:
             setattr(self, f"_{name}", np.array(state[name]))
         self._embedding = np.zeros((self._size, self._embedding.shape[1]), np.float32)
         self._published = np.full(self._size, -1, np.int64)
@@ -285,6 +291,11 @@ class Catalogue:
         if self.clicks_counted:
             self._log_total = np.array(state["log_total"], np.float64)
         self.gone = {}
+        self._changed.take(self._size)
+
+    def _touch(self, rows: Int64Array, step: int) -> None:
+        self._touched[rows] = step
+        self._changed.mark(rows)
 
     def _columns(self, change: Callable[[Any, float], Any]) -> None:
         for name, fill in (
@@ -325,5 +336,6 @@ class Catalogue:
         self.features.keep(kept)
         self.on_keep(kept)
         self._size = len(kept)
+        self._changed.mark_all()
         self._row = dict(zip(self._item_hash.tolist(), range(self._size), strict=True))
         self.num_deleted = int(self._deleted.sum())

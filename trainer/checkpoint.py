@@ -1,11 +1,16 @@
 """Checkpoints: model, optimizer, catalogue, random state, offsets and publish position on disk, as one atomic unit.
 
-Station: between the loop and the disk. It knows no Kafka and no index. Nothing is pickled: tensors are safetensors, the
-catalogue is Arrow, the rest is JSON, so that reading a checkpoint runs no code of it.
+Station: between the loop and the disk. It knows no Kafka and no index, and of the model nothing but columns with names.
+Nothing is pickled: columns are safetensors, the rest is JSON, so that reading a checkpoint runs no code of it.
 
 A checkpoint is a directory cNNNNNNNNNNNN, rising. It is written under another name, its files and itself are synced,
 and then it is renamed; its manifest, written last, holds the size and checksum of each file. So a torn one can be told,
 and is passed over for the one before.
+
+Of tables, only the rows that changed are copied and written: a checkpoint cNNNNNNNNNNNN-BBBBBBBBBBBB holds those that
+changed since the full one BBBBBBBBBBBB, and is read on top of it. So each one needs a full one and no other. When it
+has grown to a quarter of the full one, both are written together as the next full one, beside the loop. As many full
+ones are kept as checkpoints: if one is damaged, there is one before.
 """
 
 from __future__ import annotations
@@ -18,28 +23,23 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import structlog
 import xxhash
-from safetensors.torch import load_file, save_file
-from torch import Tensor, from_numpy
+from safetensors import SafetensorError
 
+from trainer.columns import Column, HasState, Kept
 from trainer.metrics import Metrics
 from trainer.progress import Progress
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
-MODEL_FILE = "model.safetensors"
-FEATURES_FILE = "features.safetensors"
-CATALOGUE_FILE = "catalogue.arrow"
-SCORING_FILE = "scoring.safetensors"
-NO_SCORING: Mapping[str, npt.NDArray[Any]] = {}
+COLUMNS_FILE = "columns.safetensors"
+FULL_AGAIN_RATIO = 0.25
+"""Share of a full checkpoint that the changes since may have before there is the next full one."""
 
 log = structlog.get_logger()
 
@@ -57,9 +57,25 @@ class _Manifest(msgspec.Struct):
     """Name → size in bytes and xxh3-128."""
     checksum: str = ""
     """xxh3-128 of this manifest without its checksum: damaged settings must not pass for other settings."""
+    base: str = ""
+    """Checksum of the manifest of the full checkpoint that this one is on top of; "": it is full itself."""
 
     def own_checksum(self) -> str:
-        return xxhash.xxh3_128_hexdigest(msgspec.json.encode(msgspec.structs.replace(self, checksum="")))
+        plain = msgspec.structs.asdict(self) | {"checksum": ""}
+        if not self.base:
+            del plain["base"]  # as in earlier formats, of which one is told by its number
+        return xxhash.xxh3_128_hexdigest(msgspec.json.encode(plain))
+
+
+@dataclass(frozen=True)
+class Full:
+    """A full checkpoint, on top of which others are."""
+
+    path: Path
+    checksum: str
+    """Of its manifest."""
+    num_bytes: int
+    """Of its columns."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +83,12 @@ class State:
     """What a checkpoint holds."""
 
     progress: Progress
-    learner: Mapping[str, Tensor]
-    catalogue: Mapping[str, Any]
-    scoring: Mapping[str, npt.NDArray[Any]]
-
-
-class HasState(Protocol):
-    """Learner and catalogue, as a checkpoint sees them."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """All that is needed to go on."""
+    model: dict[str, Column]
+    """By name."""
+    full: Full
+    """The full checkpoint that it is, or is on top of."""
+    since: Kept | None = None
+    """What had changed since the full one."""
 
 
 class Checkpoints:
@@ -115,6 +127,10 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._written: Progress | None = None
+        self._full: Full | None = None
+        """None: the next one is full."""
+        self._since: Kept | None = None
+        """What has changed since."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -139,8 +155,8 @@ class Checkpoints:
             try:
                 manifest = _verified(path)
                 if manifest.identity == self._identity:
-                    return _read(path)
-            except (OSError, ValueError, KeyError, msgspec.DecodeError, pa.ArrowException) as error:
+                    return self._read(path, manifest)
+            except (OSError, ValueError, KeyError, msgspec.DecodeError, SafetensorError) as error:
                 log.warning("checkpoint is torn, trying the one before", checkpoint=str(path), error=str(error))
                 continue
             theirs, ours = _flat(manifest.identity), _flat(self._identity)
@@ -160,25 +176,33 @@ class Checkpoints:
             )
         return None
 
+    def restore(self, model: HasState) -> Progress | None:
+        """Loads the newest whole checkpoint into a new model, which from here on saves its changes on top of it.
+
+        Returns:
+            How far it was; None: there is no checkpoint, and nothing was changed.
+
+        Raises:
+            CheckpointError: see `load`.
+            ValueError: it is of another configuration.
+        """
+        if (state := self.load()) is None:
+            return None
+        model.load_state_dict(state.model)
+        self._full, self._since = state.full, state.since
+        return state.progress
+
     @property
     def due(self) -> bool:
         """Whether it is time for a checkpoint and the one before is written."""
         return self._thread is None and self._rising() >= self._last + self._interval
 
-    def save(
-        self,
-        progress: Progress,
-        learner: HasState,
-        catalogue: HasState,
-        scoring: Mapping[str, npt.NDArray[Any]] = NO_SCORING,
-    ) -> None:
-        """Copies the state of all as it is now, and writes it in the background.
+    def save(self, progress: Progress, model: HasState) -> None:
+        """Copies what has changed, as it is now, and writes it in the background.
 
         Args:
             progress: of this moment.
-            learner: its `state_dict` are tensors, copied here.
-            catalogue: the arrays and lists of its `state_dict` are copies already.
-            scoring: arrays of the served score and the co-visitation counts; copies already.
+            model: gives its columns, and is told that their changes are taken.
 
         Raises:
             RuntimeError: the one before is still being written; see `due`.
@@ -186,19 +210,15 @@ class Checkpoints:
         if self._thread is not None:
             raise RuntimeError("a checkpoint is being written; wait until `collect` has given it")
         started = time.perf_counter()
-        state = State(
-            msgspec.json.decode(msgspec.json.encode(progress), type=Progress),
-            {name: tensor.clone() for name, tensor in learner.state_dict().items()},
-            catalogue.state_dict(),
-            scoring,
-        )
+        frozen = msgspec.json.decode(msgspec.json.encode(progress), type=Progress)
+        taken = Kept.taken(model, whole=self._full is None)
         self._metrics.checkpoint_pause.observe(time.perf_counter() - started)
-        taken, self._last = self._clock(), self._rising()
+        taken_at, self._last = self._clock(), self._rising()
 
         def write() -> None:
             try:
-                self._write(state, taken)
-                self._written = state.progress
+                self._write(frozen, taken, taken_at)
+                self._written = frozen
             except BaseException as error:
                 self._failure = error
 
@@ -206,16 +226,10 @@ class Checkpoints:
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def finish(
-        self,
-        progress: Progress,
-        learner: HasState,
-        catalogue: HasState,
-        scoring: Mapping[str, npt.NDArray[Any]] = NO_SCORING,
-    ) -> Progress | None:
+    def finish(self, progress: Progress, model: HasState) -> Progress | None:
         """The last checkpoint, on disk when this returns; what it holds, or None if it could not be written."""
         self.collect(wait=True)
-        self.save(progress, learner, catalogue, scoring)
+        self.save(progress, model)
         return self.collect(wait=True)
 
     def collect(self, wait: bool = False) -> Progress | None:
@@ -241,21 +255,45 @@ class Checkpoints:
         self.collect(wait=True)
         os.close(self._lock)
 
-    def _write(self, state: State, taken: float) -> None:
+    def _write(self, progress: Progress, taken: Kept, taken_at: float) -> None:
         started = time.monotonic()
-        names = [path.name for path in self._directory.glob("c[0-9]*")]
-        number = max((int(name[1:]) for name in names), default=0) + 1
-        path = self._directory / f"c{number:012d}"
+        full, self._full = self._full, None  # should this fail half-way, the next one is full
+        columns, is_full = taken, taken.is_whole or full is None
+        if full is not None and not taken.is_whole:
+            columns = self._since = taken.on(self._since) if self._since else taken
+            if is_full := columns.num_bytes > FULL_AGAIN_RATIO * full.num_bytes:
+                manifest = _verified(full.path)
+                columns = columns.on(Kept.read(full.path / COLUMNS_FILE))
+                if manifest.own_checksum() != full.checksum:
+                    raise ValueError(f"{full.path} is another one than was written")
+            else:
+                self._full = full  # what changed is in `_since`, whether or not it can be written now
+        path, checksum, num_bytes = self._put(progress, columns, taken_at, None if is_full else full)
+        if is_full:
+            self._full, self._since = Full(path, checksum, columns.num_bytes), None
+        seconds = time.monotonic() - started
+        self._metrics.checkpoint_seconds.observe(seconds)
+        self._metrics.checkpoint_bytes.labels("full" if is_full else "changes").inc(num_bytes)
+        self._metrics.checkpoint_timestamp.set(taken_at)
+        log.info(
+            "checkpoint",
+            checkpoint=path.name,
+            seconds=round(seconds, 3),
+            clicks_learnt=progress.clicks_learnt,
+            size_bytes=num_bytes,
+        )
+
+    def _put(self, progress: Progress, columns: Kept, taken_at: float, on: Full | None) -> tuple[Path, str, int]:
+        """Path, manifest's checksum and size of a checkpoint that is on the disk when this returns."""
+        number = max((int(path.name[1:13]) for path in self._directory.glob("c[0-9]*")), default=0) + 1
+        path = self._directory / (f"c{number:012d}" + (f"-{on.path.name[1:]}" if on else ""))
         aside = self._directory / f".{path.name}"
         aside.mkdir()
         try:
-            save_file(dict(state.learner), aside / MODEL_FILE)
-            for name, arrays in ((FEATURES_FILE, state.catalogue["features"]), (SCORING_FILE, state.scoring)):
-                save_file({key: from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}, aside / name)
-            _write_catalogue(aside / CATALOGUE_FILE, state.catalogue)
-            (aside / PROGRESS_FILE).write_bytes(msgspec.json.encode(state.progress))
+            columns.write(aside / COLUMNS_FILE)
+            (aside / PROGRESS_FILE).write_bytes(msgspec.json.encode(progress))
             files = {name: _checksum(aside / name) for name in sorted(os.listdir(aside))}
-            manifest = _Manifest(FORMAT, self._identity, taken, files)
+            manifest = _Manifest(FORMAT, self._identity, taken_at, files, base=on.checksum if on else "")
             manifest.checksum = manifest.own_checksum()
             (aside / MANIFEST_FILE).write_bytes(msgspec.json.encode(manifest))
             sync_directory(aside)
@@ -264,18 +302,25 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         sync(self._directory)
-        for old in sorted(self._directory.glob("c[0-9]*"))[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        seconds = time.monotonic() - started
-        self._metrics.checkpoint_seconds.observe(seconds)
-        self._metrics.checkpoint_timestamp.set(taken)
-        log.info(
-            "checkpoint",
-            checkpoint=path.name,
-            seconds=round(seconds, 3),
-            clicks_learnt=state.progress.clicks_learnt,
-            size_bytes=sum(size for size, _ in files.values()),
-        )
+        there = sorted(self._directory.glob("c[0-9]*"))
+        kept = {*there[-self._keep :], *[one for one in there if "-" not in one.name][-self._keep :]}
+        for old in there:
+            if old not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+        return path, manifest.checksum, sum(size for size, _ in files.values())
+
+    def _read(self, path: Path, manifest: _Manifest) -> State:
+        columns = Kept.read(path / COLUMNS_FILE)
+        full, since = Full(path, manifest.checksum, columns.num_bytes), None
+        if manifest.base:
+            below = self._directory / f"c{path.name.partition('-')[2]}"
+            if _verified(below).checksum != manifest.base:
+                raise ValueError(f"{below} is another one than it was made on")
+            lower = Kept.read(below / COLUMNS_FILE)
+            full, since = Full(below, manifest.base, lower.num_bytes), columns
+            columns = columns.on(lower)
+        progress = msgspec.json.decode((path / PROGRESS_FILE).read_bytes(), type=Progress)
+        return State(progress, columns.columns, full, since)
 
 
 def sync(path: Path) -> None:
@@ -312,39 +357,6 @@ def _verified(path: Path) -> _Manifest:
         if (found := _checksum(path / name)) != wanted:
             raise ValueError(f"{name} has size and checksum {found} and should have {wanted}")
     return manifest
-
-
-_COLUMNS = ("item_hash", "num_clicks", "added", "touched", "deleted")
-_NUMBERS = ("clicks_counted", "num_dropped")
-
-
-def _write_catalogue(path: Path, catalogue: Mapping[str, Any]) -> None:
-    columns = {name: pa.array(catalogue[name]) for name in _COLUMNS}
-    log_count = catalogue["log_count"]
-    columns["log_count"] = pa.FixedSizeListArray.from_arrays(log_count.ravel(), log_count.shape[1])
-    columns["item_id"] = pa.array(catalogue["item_id"], pa.large_string())
-    columns["payload"] = pa.array(catalogue["payload"], pa.large_binary())
-    table = pa.RecordBatch.from_pydict(columns)
-    numbers = {name: msgspec.json.encode(catalogue[name]) for name in _NUMBERS}
-    table = table.replace_schema_metadata(numbers | {"log_total": msgspec.json.encode(catalogue["log_total"].tolist())})
-    with pa.OSFile(os.fspath(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_batch(table)
-
-
-def _read(path: Path) -> State:
-    with pa.OSFile(os.fspath(path / CATALOGUE_FILE)) as source:
-        table = pa.ipc.open_file(source).get_batch(0)
-    catalogue: dict[str, Any] = {name: table.column(name).to_numpy(zero_copy_only=False) for name in _COLUMNS}
-    catalogue |= {name: table.column(name).to_pylist() for name in ("item_id", "payload")}
-    catalogue |= {name: msgspec.json.decode(table.schema.metadata[name.encode()]) for name in _NUMBERS}
-    catalogue["log_total"] = np.array(msgspec.json.decode(table.schema.metadata[b"log_total"]), np.float64)
-    log_count = table.column("log_count")
-    num_half_lives = log_count.type.list_size
-    catalogue["log_count"] = log_count.flatten().to_numpy(zero_copy_only=False).reshape(-1, num_half_lives)
-    catalogue["features"] = {name: tensor.numpy() for name, tensor in load_file(path / FEATURES_FILE).items()}
-    progress = msgspec.json.decode((path / PROGRESS_FILE).read_bytes(), type=Progress)
-    scoring = {name: tensor.numpy() for name, tensor in load_file(path / SCORING_FILE).items()}
-    return State(progress, load_file(path / MODEL_FILE), catalogue, scoring)
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -35,12 +35,15 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from trainer.columns import Changes
 from trainer.features import Float32Array, Int64Array, UInt64Array
 
 Int32Array = npt.NDArray[np.int32]
 UInt32Array = npt.NDArray[np.uint32]
 SMOOTHING = 10.0
 _RESCALE_AT = 2.0**16
+_ROWS = ("partner", "estimate", "before", "num_clicks")
+"""Of the state, what has a row for each item."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Covisit:
         self._least = np.zeros(0, np.float32)
         """At most the weakest estimate of the row: estimates only grow, so that an old minimum will do."""
         self._num_clicks = np.zeros(0, np.float64)
+        self._changed = Changes("covisit")
 
     def __len__(self) -> int:
         """Rows."""
@@ -127,6 +131,8 @@ class Covisit:
             self._partner, self._estimate, self._before, self._least, self._num_clicks,
             rows, history_rows, history_offsets, self.window, np.float32(self._weight), self._clicks_counted,
         )  # fmt: skip
+        self._changed.mark(rows)
+        self._changed.mark(history_rows[history_rows >= 0])
         self._total += self._weight * len(rows)
         self._clicks_counted += len(rows)
         self._weight *= math.exp(self._rate * len(rows))
@@ -135,6 +141,7 @@ class Covisit:
                 counts /= self._weight
             self._least = self._estimate.min(axis=1)
             self._total, self._weight = self._total / self._weight, 1.0
+            self._changed.mark_all()
 
     def scores(self, history_rows: Int64Array, history_offsets: Int64Array, num_rows: int) -> Float32Array:
         """x(u, j) of B histories and the first `num_rows` rows: float32 [B, num_rows]."""
@@ -189,6 +196,7 @@ class Covisit:
         self._estimate, self._before = (np.where(gone, 0, a[kept]) for a in (self._estimate, self._before))
         self._least = self._estimate.min(axis=1)
         self._size = len(kept)
+        self._changed.mark_all()
         self._total = float(self._num_clicks.sum())
 
     def snapshot(self) -> Covisit:
@@ -198,11 +206,15 @@ class Covisit:
             setattr(copied, f"_{name}", getattr(self, f"_{name}")[: self._size].copy())
         return copied
 
+    @property
+    def changes(self) -> dict[str, Changes]:
+        """Name in the state → which rows have changed."""
+        return dict.fromkeys(_ROWS, self._changed)
+
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
-        """Arrays from which `load_state_dict` makes the same counts; copies."""
-        names = ("partner", "estimate", "before", "num_clicks")
+        """Arrays from which `load_state_dict` makes the same counts; its own, to be copied before the next count."""
         return {
-            **{name: getattr(self, f"_{name}")[: self._size].copy() for name in names},
+            **{name: getattr(self, f"_{name}")[: self._size] for name in _ROWS},
             "numbers": np.array([self._weight, self._total]),
             "clicks_counted": np.array([self._clicks_counted]),
         }
@@ -215,10 +227,11 @@ class Covisit:
         """
         if state["partner"].shape[1] != self.num_partners:
             raise ValueError(f"the counts are of {state['partner'].shape[1]} partners, not of {self.num_partners}")
-        for name in ("partner", "estimate", "before", "num_clicks"):
+        for name in _ROWS:
             setattr(self, f"_{name}", np.array(state[name]))
         self._least = self._estimate.min(axis=1)
         self._size = len(self._partner)
+        self._changed.take(self._size)
         self._weight, self._total = map(float, state["numbers"])
         self._clicks_counted = int(state["clicks_counted"][0])
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from trainer.columns import Column, Ragged
 from trainer.features import (
     EncodedItem,
     Int64Array,
@@ -110,19 +111,19 @@ class ItemFeatures:
             features = lengths[:, references:], values[~is_reference]
         return ItemInputs(mean_bags(*items), mean_bags(*features), torch.from_numpy(numbers))
 
-    def state_dict(self) -> dict[str, npt.NDArray[Any]]:
-        """Arrays from which `load_state_dict` makes the same store."""
-        self._compact()
+    def state_dict(self) -> dict[str, Column]:
+        """Columns from which `load_state_dict` makes the same store; its own, to be copied before the next change."""
         n = self._size
-        return {"lengths": self._lengths[:n].copy(), "numbers": self._numbers[:n].copy(), "values": self._arena.copy()}
+        return {"values": Ragged(self._starts[:n], self._lengths[:n], self._arena), "numbers": self._numbers[:n]}
 
-    def load_state_dict(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave; the configuration must be the same."""
-        if state["lengths"].shape[1] != self._num_slots or state["numbers"].shape[1] != self._num_numbers:
+        values = state["values"]
+        if values.lengths.shape[1] != self._num_slots or state["numbers"].shape[1] != self._num_numbers:
             raise ValueError("the stored item features are of another configuration")
-        self._lengths, self._numbers, self._arena = (state[key].copy() for key in ("lengths", "numbers", "values"))
+        self._starts, self._lengths, self._arena = values.starts.copy(), values.lengths.copy(), values.values.copy()
+        self._numbers = state["numbers"].copy()
         self._size, self._used = len(self._lengths), len(self._arena)
-        self._starts = bag_offsets(self._lengths.sum(1))[:-1]
 
     def _compact(self) -> None:
         lengths = self._lengths[: self._size].sum(1)

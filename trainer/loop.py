@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
 
-import numpy.typing as npt
 import structlog
 
 from streams.contract import MicroBatch
-from trainer.catalogue import Catalogue
 from trainer.checkpoint import Checkpoints
 from trainer.guard import Guard
 from trainer.metrics import Metrics
@@ -22,7 +19,7 @@ from trainer.model import Model
 from trainer.progress import Progress
 from trainer.publish import Publisher
 from trainer.source import Delivery, Poll, Source
-from trainer.step import Learner, NonFiniteError
+from trainer.step import NonFiniteError
 
 POLL_SECONDS = 0.1
 log = structlog.get_logger()
@@ -63,7 +60,7 @@ class Loop:
                     break
             self._keep_up(poll, 0)
         self.publisher.close()
-        if not self.guard.tripped and self.checkpoints.finish(*self._state()):
+        if not self.guard.tripped and self.checkpoints.finish(self.progress, self.model):
             self.source.show_positions(self.progress.positions.micro_batches)
 
     def _take_items(self, poll: Poll) -> None:
@@ -101,15 +98,12 @@ class Loop:
         self.metrics.learnt(len(batch), result.num_steps, result.loss, float(batch.ingest_time.max()))
         self.guard.observe(result.gradient_norm, self.model.evaluation)
 
-    def _state(self) -> tuple[Progress, Learner, Catalogue, dict[str, npt.NDArray[Any]]]:
-        return self.progress, self.model.learner, self.model.catalogue, self.model.scoring_state()
-
     def _keep_up(self, poll: Poll, in_hand: int) -> None:
         with self.metrics.stage("checkpoint"):
             if written := self.checkpoints.collect():
                 self.source.show_positions(written.positions.micro_batches)
             if self.checkpoints.due and not self.guard.tripped:
-                self.checkpoints.save(*self._state())
+                self.checkpoints.save(self.progress, self.model)
         with self.metrics.stage("publish"):
             if not poll.loading and not self.guard.tripped:
                 self.publisher.advance()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 CUTOFFS = (10, 100)
 """The K of recall at K."""
 PUBLISH_KINDS = ("full", "delta")
+CHECKPOINT_KINDS = ("full", "changes")
 DANGERS = ("non_finite", "norm", "recall")
 """What trips the guard: see `trainer.guard`."""
 STAGES = ("wait", "items", "evaluate", "learn", "touch", "checkpoint", "publish")
@@ -240,6 +241,11 @@ class Metrics:
             "Seconds for which a checkpoint stopped learning: to copy the state, before it is written beside the loop.",
             (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
         )
+        self.checkpoint_bytes = counter(
+            "checkpoint_bytes_total",
+            "Bytes of checkpoints written: full = all; changes = what had changed since a full one.",
+            "kind",
+        )
         self.checkpoint_failures = counter(
             "checkpoint_failures_total", "Checkpoints that could not be written; the one before stands."
         )
@@ -275,6 +281,8 @@ class Metrics:
         for cutoff in CUTOFFS:
             self.prequential_recall.labels(str(cutoff))
             self.popularity_recall.labels(str(cutoff))
+        for kind in CHECKPOINT_KINDS:
+            self.checkpoint_bytes.labels(kind)
         for danger in DANGERS:
             self.dangers.labels(danger)
         for stage in STAGES:

@@ -14,7 +14,7 @@ Shapes: B clicks of a part that are scored, N known items.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 
 from streams.contract import MicroBatch
 from trainer.catalogue import Catalogue
+from trainer.columns import Changes, Column
 from trainer.covisit import Covisit
 from trainer.evaluate import Prequential, Ranks, excluded_pairs
 from trainer.features import ranges
@@ -118,21 +119,38 @@ class Model:
         _, tested = self._drawn(len(batch))
         return _joined(self._foresee(batch, self._query(batch), slice(0, len(batch)), nothing, tested))
 
-    def scoring_state(self) -> dict[str, npt.NDArray[Any]]:
-        """Arrays of the weights and the co-visitation counts, for a checkpoint; copies."""
-        parts = {"score": self.score.state_dict(), "covisit": self.covisit.state_dict() if self.covisit else {}}
-        return {f"{part}.{name}": array for part, state in parts.items() for name, array in state.items()}
+    @property
+    def changes(self) -> dict[str, Changes]:
+        """Name in the state → which rows have changed since a checkpoint took them, of the columns of tables."""
+        return {
+            f"{stem}.{name}": change
+            for stem, part in (("learner", self.learner), ("catalogue", self.catalogue), ("covisit", self.covisit))
+            if part is not None
+            for name, change in part.changes.items()
+        }
 
-    def load_scoring_state(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Takes over what `scoring_state` gave.
+    def state_dict(self) -> dict[str, Column]:
+        """All that is needed to go on, by name; the parts' own columns, to be copied before anything changes."""
+        parts: dict[str, Mapping[str, Column]] = {
+            "learner": {name: tensor.numpy() for name, tensor in self.learner.state_dict().items()},
+            "catalogue": self.catalogue.state_dict(),
+            "score": self.score.state_dict(),
+            "covisit": {} if self.covisit is None else self.covisit.state_dict(),
+        }
+        return {f"{stem}.{name}": column for stem, part in parts.items() for name, column in part.items()}
+
+    def load_state_dict(self, state: dict[str, Column]) -> None:
+        """Takes over what `state_dict` gave, into a model that has learnt nothing.
 
         Raises:
             ValueError: it is of another configuration.
         """
-        parts: dict[str, dict[str, npt.NDArray[Any]]] = {"score": {}, "covisit": {}}
-        for key, array in state.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = array
+        parts: dict[str, dict[str, Any]] = {"learner": {}, "catalogue": {}, "score": {}, "covisit": {}}
+        for key, column in state.items():
+            stem, _, name = key.partition(".")
+            parts[stem][name] = column
+        self.learner.load_state_dict({name: torch.from_numpy(array) for name, array in parts["learner"].items()})
+        self.catalogue.load_state_dict(parts["catalogue"])
         self.score.load_state_dict(parts["score"])
         if self.covisit is not None and parts["covisit"]:
             self.covisit.load_state_dict(parts["covisit"])

@@ -59,7 +59,7 @@ class TrainerSettings(KafkaSettings):
     checkpoint_interval_seconds: float = Field(30.0, ge=0.1, le=86_400)
     """Time between checkpoints, in seconds: what is learnt again after a crash."""
     keep_checkpoints: int = Field(3, ge=1, le=100)
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, and as many full ones: the others hold what has changed since a full one."""
     retention_expired: Literal["fail", "earliest", "latest"] = "fail"
     """If Kafka has deleted micro-batches that are not learnt yet: fail: end with an explanation; earliest: go on with
     the oldest that are left; latest: with those that are yet to come. The clicks that are passed over are counted."""

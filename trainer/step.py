@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.columns import Changes
 from trainer.features import Bags, Float32Array, Int64Array, ItemInputs, QueryInputs, TowerConfig, UInt64Array, ranges
 from trainer.negatives import candidate_mask
 from trainer.towers import Tables, build_towers
@@ -121,6 +122,7 @@ class Learner:
         }
         self._weights = {f"tables.{key}": table for key, table in vars(self._tables).items()} | self._parameters
         self._squares = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in self._weights.items()}
+        self._changed = {name: Changes(name) for name in self._weights if name.startswith("tables.")}
         self._recent_hash = np.zeros(training.recent_window, dtype=np.uint64)
         self._recent_log_q = np.zeros(training.recent_window, dtype=np.float32)
         self._num_recent = 0
@@ -205,6 +207,7 @@ class Learner:
                 _adagrad(few_weights, few_sums, gradient, squares[name], self._rate(name))
                 weights.index_copy_(0, rows, few_weights)
                 sums.index_copy_(0, rows, few_sums)
+                self._changed[name].mark(rows.numpy())
         self.query_tower.scale.observe(clicks.query.numbers)
         self.item_tower.scale.observe(item.numbers[: len(clicks)])
         self._remember(clicks)
@@ -220,6 +223,11 @@ class Learner:
     def embed_items(self, item: ItemInputs) -> Float32Array:
         """Item embeddings of length 1: float32 [N, D]."""
         return self.item_tower(item).numpy()  # type: ignore[no-any-return]
+
+    @property
+    def changes(self) -> dict[str, Changes]:
+        """Name in the state → which rows have changed: of the tables and their sums of squares."""
+        return self._changed | {f"squares.{name}": changed for name, changed in self._changed.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a step depends on, flat: the learner's own tensors, to be written or copied before the next step."""
@@ -258,6 +266,8 @@ class Learner:
         for name, tensor in own.items():
             if not name.startswith(("recent.", "num_")):
                 tensor.copy_(state[name])
+        for name, changed in self._changed.items():
+            changed.take(len(self._weights[name]))
         self._recent_hash[:recent] = state["recent.item_hash"].numpy().view(np.uint64)
         self._recent_log_q[:recent] = state["recent.log_q"].numpy()
         self._num_recent, self.num_steps = num_recent, int(state["num_steps"])

@@ -76,11 +76,6 @@ class Trainer:
             max_items=self.max_items,
         )
         self.learner = Learner(CONFIG, TRAINING, self.catalogue.inputs)
-        self.progress = Progress()
-        if state := self.checkpoints.load():
-            self.learner.load_state_dict(state.learner)
-            self.catalogue.load_state_dict(state.catalogue)
-            self.progress = state.progress
         self.evaluation = Prequential() if self.evaluate else None
         self.model = Model(
             self.catalogue,
@@ -91,8 +86,7 @@ class Trainer:
             tested_rows=8,
             refresh_clicks=5,
         )
-        if state:
-            self.model.load_scoring_state(dict(state.scoring))
+        self.progress = self.checkpoints.restore(self.model) or Progress()
         self.source: Any = ListSource(self.entries)
         self.publisher: Any = SilentPublisher(self.metrics)
 

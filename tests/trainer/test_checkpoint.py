@@ -8,13 +8,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
+import msgspec
 import pytest
-import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.trainer.small_trainer import IDENTITY, Trainer
+from tests.fuzz.checkpoints import fingerprint
+from tests.trainer.small_trainer import CONFIG, IDENTITY, Trainer
 from tests.trainer.streams_of_clicks import click_stream
 from trainer.checkpoint import CheckpointError, Checkpoints, State
+from trainer.columns import Kept
 from trainer.item_events import ItemChange
 from trainer.metrics import Metrics
 from trainer.progress import Positions, Progress
@@ -31,7 +35,7 @@ def write(directory: Path, steps: list[int], **values: object) -> None:
     checkpoints = new_checkpoints(directory, **values)
     for step in steps:
         trainer.progress.step = step
-        assert checkpoints.finish(trainer.progress, trainer.learner, trainer.catalogue) == trainer.progress
+        assert checkpoints.finish(trainer.progress, trainer.model) == trainer.progress
     checkpoints.close()
 
 
@@ -56,52 +60,146 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert state.progress == trainer.progress
     assert state.progress.learnt == {0: 64, 1: 32}
     assert state.progress.positions == Positions({0: 4, 1: 2}, {0: 1})
-    wanted = trainer.learner.state_dict()
-    assert state.learner.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(state.learner[name], tensor) and state.learner[name].dtype == tensor.dtype, name
-    for name, column in trainer.catalogue.state_dict().items():
-        found = state.catalogue[name]
-        if name == "features":
-            assert found.keys() == column.keys()
-            for key, array in column.items():
-                np.testing.assert_array_equal(found[key], array)
-        else:
-            np.testing.assert_array_equal(found, column, err_msg=name)
+    assert fingerprint(state.progress, state.model) == fingerprint(trainer.progress, trainer.model.state_dict())
 
 
 def test_a_checkpoint_is_a_copy_of_the_moment_it_was_taken(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path / "unused", click_stream(2))
     trainer.run()
-    before = {name: tensor.clone() for name, tensor in trainer.learner.state_dict().items()}
+    before = fingerprint(trainer.progress, trainer.model.state_dict())
     checkpoints = new_checkpoints(tmp_path)
-    checkpoints.save(trainer.progress, trainer.learner, trainer.catalogue)
+    checkpoints.save(trainer.progress, trainer.model)
     for tensor in trainer.learner.state_dict().values():
         tensor.zero_()
+    trainer.catalogue.take([ItemChange("item-1", {"brand": "z"}, b"{}"), ItemChange("new")], 99)
     trainer.progress.learnt[0] = 99
     checkpoints.collect(wait=True)
     checkpoints.close()
     state = load(tmp_path)
-    assert state is not None and state.progress.learnt == {0: 32}
-    assert all(torch.equal(state.learner[name], tensor) for name, tensor in before.items())
+    assert state is not None and fingerprint(state.progress, state.model) == before
+
+
+TURNS = st.lists(st.sampled_from(["learn", "learn", "items", "save", "fail", "restart"]), max_size=14)
+
+
+@settings(max_examples=20, deadline=None)
+@given(TURNS, st.sampled_from([25, 1_000]))
+def test_whatever_came_between_two_checkpoints_the_newest_is_what_there_was(turns: list[str], max_items: int) -> None:
+    batches = iter(click_stream(20, num_items=200))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(Path(folder), max_items=max_items)
+        saved = None
+        for number, turn in enumerate([*turns, "save", "restart"], 1):
+            trainer.progress.step = number
+            if turn == "learn":
+                trainer.model.learn(next(batches), number)
+            elif turn == "items":
+                gone = [ItemChange(f"item-{number + 100}", gone=True)] if number % 2 else []
+                changes = [ItemChange(f"item-{n * number}", {"brand": "b" * n}, b"{}") for n in range(3)]
+                trainer.model.take([*changes, *gone], number)
+            elif turn == "restart":
+                trainer.checkpoints.close()
+                trainer = Trainer(Path(folder), max_items=max_items)
+                assert fingerprint(trainer.progress, trainer.model.state_dict()) == saved or saved is None
+            else:
+                newest = max((int(path.name[1:13]) for path in Path(folder).glob("c*")), default=0)
+                blocks = [Path(folder) / f".c{newest + 1:012d}{on}" for on in ("", *[f"-{n:012d}" for n in range(20)])]
+                for path in blocks if turn == "fail" else []:
+                    path.touch()
+                written = trainer.checkpoints.finish(trainer.progress, trainer.model)
+                assert (written is None) == (turn == "fail")
+                for path in blocks:
+                    path.unlink(missing_ok=True)
+                if written:
+                    saved = fingerprint(trainer.progress, trainer.model.state_dict())
+        trainer.checkpoints.close()
+
+
+def test_a_checkpoint_holds_the_rows_that_changed_and_a_full_one_comes_when_they_are_a_quarter(tmp_path: Path) -> None:
+    checkpoints = new_checkpoints(tmp_path, keep=100)
+    trainer = Trainer(tmp_path / "unused", click_stream(1))
+    trainer.run()
+    for number, batch in enumerate(click_stream(12, seed=1), 1):
+        trainer.progress.step = number
+        trainer.model.learn(batch, number)
+        assert checkpoints.finish(trainer.progress, trainer.model)
+    checkpoints.close()
+    names = sorted(path.name for path in tmp_path.glob("c*"))
+    assert names[0] == "c000000000001" and "-" in names[1]
+    sizes = {name: Kept.read(tmp_path / name / "columns.safetensors").num_bytes for name in names}
+    full = [name for name in names if "-" not in name]
+    assert len(full) >= 2
+    for name in names:
+        below = [size for other, size in sizes.items() if other == f"c{name[14:]}"]
+        assert all(sizes[name] <= size / 4 for size in below)
+    rows = Kept.read(tmp_path / names[1] / "columns.safetensors").rows
+    touched = trainer.catalogue.find(click_stream(2, seed=1)[1].item_hash)
+    assert set(touched.tolist()) <= set(rows["catalogue"].tolist())
+    assert 0 < len(rows["tables.items"]) < 100 < CONFIG.item_rows
+
+
+def test_a_restarted_trainer_saves_its_changes_on_top_of_what_it_has_loaded(tmp_path: Path) -> None:
+    for number, batch in enumerate(click_stream(3)):
+        trainer = Trainer(tmp_path)
+        trainer.model.learn(batch, number)
+        trainer.progress.step = number
+        assert trainer.checkpoints.finish(trainer.progress, trainer.model)
+        trainer.checkpoints.close()
+    names = sorted(path.name for path in tmp_path.glob("c*"))
+    assert names == ["c000000000001", *[f"c00000000000{n}-000000000001" for n in (2, 3)]]
+    state = load(tmp_path)
+    assert state is not None
+    assert fingerprint(state.progress, state.model) == fingerprint(trainer.progress, trainer.model.state_dict())
+
+
+def test_if_a_full_one_is_damaged_the_full_one_before_it_is_taken(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "unused", click_stream(3))
+    trainer.run()
+    for _ in range(2):
+        checkpoints = new_checkpoints(tmp_path)
+        for _ in range(5):
+            trainer.progress.step += 1
+            assert checkpoints.finish(trainer.progress, trainer.model)
+        checkpoints.close()
+    names = sorted(path.name for path in tmp_path.glob("c*"))
+    on = "-000000000006"
+    assert names == ["c000000000001", "c000000000006", *[f"c{n:012d}{on}" for n in (8, 9, 10)]]
+    path = tmp_path / "c000000000006" / "columns.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    state = load(tmp_path)
+    assert state is not None and state.progress.step == trainer.progress.step - 9
+
+
+def test_changes_are_read_on_no_other_full_one_than_theirs(tmp_path: Path) -> None:
+    write(tmp_path, [1, 2])
+    write(tmp_path / "other", [3])
+    shutil.rmtree(tmp_path / "c000000000001")
+    (tmp_path / "other" / "c000000000001").rename(tmp_path / "c000000000001")
+    state = load(tmp_path)
+    assert state is not None and state.progress.step == 3
+
+
+def test_a_checkpoint_of_an_earlier_format_is_refused_as_that(tmp_path: Path) -> None:
+    write(tmp_path, [1])
+    path = tmp_path / "c000000000001" / "manifest.json"
+    plain = msgspec.json.decode(path.read_bytes())
+    del plain["base"]
+    plain |= {"format": 2, "checksum": ""}
+    plain["checksum"] = xxhash.xxh3_128_hexdigest(msgspec.json.encode(plain))
+    path.write_bytes(msgspec.json.encode(plain))
+    with pytest.raises(CheckpointError, match="has format 2; this code reads 3"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "missing", "emptied"])
 def test_whatever_file_is_damaged_the_checkpoint_before_is_loaded(tmp_path: Path, damage: str) -> None:
     write(tmp_path / "whole", [1, 2])
-    names = sorted(path.name for path in (tmp_path / "whole" / "c000000000002").iterdir())
-    assert names == [
-        "catalogue.arrow",
-        "features.safetensors",
-        "manifest.json",
-        "model.safetensors",
-        "progress.json",
-        "scoring.safetensors",
-    ]
+    names = sorted(path.name for path in (tmp_path / "whole" / "c000000000002-000000000001").iterdir())
+    assert names == ["columns.safetensors", "manifest.json", "progress.json"]
     for name in names:
         directory = tmp_path / name
         shutil.copytree(tmp_path / "whole", directory)
-        path = directory / "c000000000002" / name
+        path = directory / "c000000000002-000000000001" / name
         data = bytearray(path.read_bytes())
         if damage == "truncated":
             path.write_bytes(data[:-1])
@@ -126,7 +224,7 @@ def test_a_directory_in_which_nothing_is_whole_is_refused(tmp_path: Path) -> Non
 
 def test_what_an_interrupted_write_left_is_no_checkpoint_and_goes(tmp_path: Path) -> None:
     write(tmp_path, [1, 2])
-    (tmp_path / "c000000000002").rename(tmp_path / ".c000000000002")
+    (tmp_path / "c000000000002-000000000001").rename(tmp_path / ".c000000000002-000000000001")
     state = load(tmp_path)
     assert state is not None and state.progress.step == 1
     assert [path.name for path in sorted(tmp_path.glob("*c0*"))] == ["c000000000001"]
@@ -145,7 +243,11 @@ def test_settings_that_differ_are_named(tmp_path: Path) -> None:
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:
     write(tmp_path, [1, 2, 3, 4, 5], keep=2)
-    assert sorted(path.name for path in tmp_path.glob("c*")) == ["c000000000004", "c000000000005"]
+    on = "-000000000001"
+    assert sorted(path.name for path in tmp_path.glob("c*")) == [
+        "c000000000001",
+        *[f"c00000000000{n}{on}" for n in (4, 5)],
+    ]
     state = load(tmp_path)
     assert state is not None and state.progress.step == 5
 
@@ -173,7 +275,7 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_leaves_the_one_befor
     assert state is not None
     trainer = Trainer(tmp_path / "other", click_stream(1))
     trainer.run()
-    assert checkpoints.finish(Progress(step=2), trainer.learner, trainer.catalogue) is None
+    assert checkpoints.finish(Progress(step=2), trainer.model) is None
     checkpoints.close()
     assert metrics.registry.get_sample_value("streamtower_trainer_checkpoint_failures_total") == 1
     again = load(tmp_path)
@@ -195,6 +297,7 @@ def test_the_time_for_which_learning_stops_is_measured(tmp_path: Path) -> None:
 TROUBLE = """
 import os, resource, signal, sys
 from pathlib import Path
+from tests.fuzz.checkpoints import fingerprint
 from tests.trainer.small_trainer import IDENTITY, Trainer
 from tests.trainer.streams_of_clicks import click_stream
 from trainer.checkpoint import CheckpointError, Checkpoints
@@ -211,8 +314,7 @@ else:
     if os.geteuid() == 0:
         os.seteuid(65_534)
 trainer.progress.step = 77
-state = (trainer.progress, trainer.learner, trainer.catalogue, trainer.model.scoring_state())
-print(trainer.checkpoints.finish(*state), trainer.value("checkpoint_failures_total"))
+print(trainer.checkpoints.finish(trainer.progress, trainer.model), trainer.value("checkpoint_failures_total"))
 trainer.checkpoints.close()
 if trouble != "full":
     try:
@@ -252,7 +354,7 @@ def test_a_clock_that_jumps_back_changes_neither_the_order_nor_the_times_of_chec
         assert not checkpoints.due
         rising[0] += 30.0
         assert checkpoints.due
-        assert checkpoints.finish(trainer.progress, trainer.learner, trainer.catalogue)
+        assert checkpoints.finish(trainer.progress, trainer.model)
     checkpoints.close()
     state = load(tmp_path)
     assert state is not None and state.progress.step == 2

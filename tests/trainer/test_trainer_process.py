@@ -174,7 +174,8 @@ def test_killed_again_and_again_it_learns_every_click_exactly_once(bench: Bench)
     state = bench.checkpoint()
     assert state.progress.learnt == {0: sent * ROWS, 1: sent * ROWS}
     assert state.progress.clicks_learnt == len(clicks)
-    counts = dict(zip(state.catalogue["item_id"], state.catalogue["num_clicks"].tolist(), strict=True))
+    item_id, num_clicks = (state.model[f"catalogue.{name}"] for name in ("item_id", "num_clicks"))
+    counts = dict(zip(item_id, num_clicks.tolist(), strict=True))
     assert counts == dict.fromkeys(clicks, 1)
 
 
