@@ -11,9 +11,10 @@ alias is switched. Until then readers see nothing of it. What a cut-off publish 
 When: as soon as there is an item, also after a restart: a process writes only into collections that it has filled
 itself, so that nothing that an earlier process still has under way can reach the live one. Then after
 `first_publish_interval_seconds`, then after twice as long each time up to `full_publish_interval_seconds`, because the
-query tower of a version stands still while item vectors move, and a young model moves fastest; but never within four
-times what the last one took. At once when the live collection or the alias has disappeared, and as soon as that allows
-it when what is served has fallen too far behind (`staleness`).
+query tower of a version stands still while item vectors move, and a young model moves fastest; but never within what
+the last one took, twice that after the second version, four times that from the third on. At once when the live
+collection or the alias has disappeared, and as soon as that allows it when what is served has fallen too far behind
+(`staleness`).
 
 **Delta** = the items touched since their last acknowledged copy, as many as fit the interval, new items first
 (`waiting`), into the live collection; and a delete of all items that went since the version was taken, again each time,
@@ -121,10 +122,16 @@ class Publisher:
                 self._report(len(self._turn.rows) + len(self._turn.left))
                 self._delta = start_job(lambda: self._rollout.publish_delta(version, delta))
         if self._served is not None and self._staleness.advance(now, self._served, self._manifest):
-            due = max(now, self._full_started + 4 * self._full_took)
+            due = max(now, self._full_started + self._least_pause)
             if due < self._full_due and self._fill is None and self._filled is None:
                 self._metrics.early_publishes.inc()
                 self._full_due = due
+
+    @property
+    def _least_pause(self) -> float:
+        """Seconds from the start of the last version to that of the next, at least: versions must not crowd the index,
+        but the first one is of a model that knows nothing, and to stay with it long costs more."""
+        return float(self._full_took * min(2.0 ** (self._num_full - 1), 4.0))
 
     @property
     def idle(self) -> bool:
@@ -269,7 +276,7 @@ class Publisher:
             self._settings.full_publish_interval_seconds,
         )
         self._num_full += 1
-        self._full_due = self._full_started + max(interval, 4 * self._full_took)
+        self._full_due = self._full_started + max(interval, self._least_pause)
         log.info("published", model_version=version.number, items=done.num_points, seconds=round(done.seconds, 3))
 
     def _acknowledged(self, done: Done, kind: str, left: UInt64Array = NOTHING) -> None:

@@ -88,7 +88,8 @@ class TrainerSettings(KafkaSettings):
     """Time from the first version to the second, in seconds; each further one takes twice as long as the one before, up
     to full_publish_interval_seconds, because a young model moves fast."""
     full_publish_interval_seconds: float = Field(60.0, ge=0.05, le=86_400)
-    """Longest time between new versions, in seconds; never less than four times what the last one took to publish."""
+    """Longest time between new versions, in seconds; never less than four times what the last one took to publish (once
+    after the first, twice after the second)."""
     publish_batch_points: int = Field(500, ge=1, le=10_000)
     """Points in one upsert."""
     hnsw_from_items: int = Field(200_000, ge=0)
@@ -107,7 +108,7 @@ class TrainerSettings(KafkaSettings):
     """Time between such measurements, in seconds."""
     full_publish_recall_lost: float = Field(0.5, ge=0, le=1)
     """Recall lost by what is served, above which the next version is published before its time, though not within four
-    times what the last one took; 0: never."""
+    times what the last one took (as above); 0: never."""
     payload_indexes: dict[str, PayloadIndex] = Field(default_factory=dict)
     """JSON object of payload fields that queries filter by: name → keyword, integer, float, bool or datetime."""
     popularity_scale: float = Field(20.0, gt=0, le=1e6)

@@ -285,7 +285,8 @@ class Measured(Index):
 def test_more_than_fits_the_interval_goes_out_in_turns_and_all_of_it_is_measured(
     new: Callable[..., Publishing],
 ) -> None:
-    publishing = new(index_class=Measured)
+    rarely = {"first_publish_interval_seconds": 1_000.0, "full_publish_interval_seconds": 1_000.0}
+    publishing = new(index_class=Measured, settings=replace(SETTINGS, **rarely))
     given: list[tuple[int, list[str]]] = []
     publishing.index.clock, publishing.index.given = publishing.clock, given  # type: ignore[attr-defined]
     publishing.click(*[f"i{n}" for n in range(40)])
@@ -665,6 +666,26 @@ def test_versions_come_in_growing_intervals_and_never_crowd_the_index(new: Calla
         assert publishing.live == version
         publishing.clock.now += 0.001
         publishing.until(lambda v=version: publishing.live == v + 1)
+
+
+def test_versions_that_take_long_come_once_twice_and_four_times_as_late(new: Callable[..., Publishing]) -> None:
+    begun: list[float] = []
+
+    class Slow(Index):
+        def create(self, version: int, size: int, *, hnsw: bool, covisit: bool = False) -> None:
+            super().create(version, size, hnsw=hnsw, covisit=covisit)
+            begun.append(publishing.clock.now)
+            publishing.clock.now += 20.0
+
+    def is_live(version: int) -> bool:
+        if publishing.publisher.idle:
+            publishing.clock.now += 1.0
+        return publishing.live == version
+
+    publishing = new(index_class=Slow)
+    publishing.click("a")
+    publishing.until(lambda: is_live(5))
+    assert np.allclose(np.diff(begun), [20.0, 40.0, 80.0, 80.0], atol=1.001)
 
 
 def test_a_bug_in_a_publishing_thread_reaches_the_loop(new: Callable[..., Publishing]) -> None:
