@@ -84,6 +84,7 @@ def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> Str
         broker_max_poll_interval=86_400.0,  # a replay may hold chunks back for long; the broker is watched by ourselves
         broker_session_timeout=settings.session_timeout_seconds,
         chunk_max_inflight=settings.max_clicks_in_flight,
+        chunk_start_deadline=deadline,
         datadir=Path(tempfile.gettempdir()) / "streamtower-streams",  # Faust wants one; nothing is kept there
         producer_acks=-1,
         producer_max_request_size=_MAX_REQUEST_BYTES,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
+import structlog
 from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
@@ -21,7 +22,10 @@ from streams.service import ConfigurationError
 _POLL_SECONDS = 0.5
 _ANSWER_SECONDS = 5.0
 _READ_RECORDS = 10_000
+_REMEDY = "create the topics with `streamtower topics`"
 _UNSUPPORTED = (KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE)
+
+log = structlog.get_logger("streams")
 
 
 class DependencyError(Exception):
@@ -58,31 +62,45 @@ class ClicksOnBroker:
         self._observing = threading.Lock()
 
     def check_topics(self) -> None:
-        """Waits for the broker and looks whether the topics can be used.
+        """Waits for the broker and its topics, and looks whether they can be used.
 
         Raises:
-            DependencyError: nobody answered.
-            ConfigurationError: a topic is missing, or partitions do not match.
+            DependencyError: nobody answered within the deadline.
+            ConfigurationError: a topic was still missing at the deadline, or partitions do not match.
         """
-        try:
-            found = AdminClient(self._config).list_topics(timeout=self._deadline_seconds).topics
-        except KafkaException as error:
-            raise DependencyError(
-                f"no answer from Kafka at {self._where} in {self._deadline_seconds:g} s: {error}"
-            ) from error
-        remedy = "create the topics with `streamtower topics`"
         wanted = (self._topics.clicks, self._topics.micro_batches, self._topics.dead_letters)
-        sizes = {name: len(found[name].partitions) for name in wanted if name in found and not found[name].error}
-        problems = [f"topic {name!r} is missing on {self._where}; {remedy}" for name in wanted if name not in sizes]
-        if not problems:
-            for name in wanted[1:]:
-                if sizes[name] < sizes[wanted[0]]:
-                    problems.append(
-                        f"topic {name!r} has {sizes[name]} partitions, fewer than the {sizes[wanted[0]]} of "
-                        f"{wanted[0]!r}: what comes from a partition goes to the one of the same number; {remedy}"
-                    )
-        if problems:
-            raise ConfigurationError(problems)
+        deadline, said = time.monotonic() + self._deadline_seconds, ""
+        admin = AdminClient({**self._config, "log_level": 2})
+        while True:
+            away: KafkaException | None = None
+            problems: list[str] = []
+            try:
+                found = admin.list_topics(timeout=min(_ANSWER_SECONDS, self._deadline_seconds)).topics
+                sizes = {name: len(found[name].partitions) for name in wanted if name in found}
+                sizes = {name: size for name, size in sizes.items() if size and not found[name].error}
+                missing = [name for name in wanted if name not in sizes]
+                problems = [f"topic {name!r} is missing on {self._where}; {_REMEDY}" for name in missing]
+            except KafkaException as error:
+                away, problems = error, [f"no answer from Kafka at {self._where}: {error.args[0].str()}"]
+            if not problems:
+                break
+            if (problem := "; ".join(problems)) != said:
+                log.warning("waiting for kafka", problem=problem, deadline_seconds=self._deadline_seconds)
+                said = problem
+            if time.monotonic() > deadline:
+                if away:
+                    raise DependencyError(f"{problems[0]} (waited {self._deadline_seconds:g} s)") from away
+                raise ConfigurationError(problems)
+            time.sleep(_POLL_SECONDS)
+        fewer = [name for name in wanted if sizes[name] < sizes[wanted[0]]]
+        if fewer:
+            raise ConfigurationError(
+                [
+                    f"topic {name!r} has {sizes[name]} partitions, fewer than the {sizes[wanted[0]]} of "
+                    f"{wanted[0]!r}: what comes from a partition goes to the one of the same number; {_REMEDY}"
+                    for name in fewer
+                ]
+            )
 
     def bounds(self, partitions: Collection[int]) -> dict[int, tuple[int, int, int | None]]:
         """(first offset, end offset, committed offset or None) of each partition, fresh from the broker.

@@ -39,16 +39,18 @@ gathered from aiokafka's own records, with a warning: the same chunks, more slow
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import faust
-from aiokafka.errors import IllegalStateError
-from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
+from aiokafka.errors import IllegalStateError, KafkaConnectionError
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Producer, Transport
 from faust.types import TP, ConsumerMessage
 
 from streams.fetch import Chunk, Columns, FetchedChunks, missing_aiokafka_parts, missing_parts
@@ -61,6 +63,8 @@ logger = logging.getLogger(__name__)
 
 FAUST_VERSION = "0.15.3"
 """The version whose private parts are used."""
+
+_RETRY_SECONDS = 0.5
 
 DEFAULTS: Mapping[str, Any] = {
     "broker_commit_interval": 1.0,
@@ -110,11 +114,32 @@ class ChunkSchema(faust.Schema):  # type: ignore[misc]
         return message.value
 
 
+async def _connected(start: Callable[[], Awaitable[None]], client: Callable[[], Any], deadline_seconds: float) -> None:
+    """Starts a client of aiokafka's, `client()`, again and again until a broker is reached, or the deadline is over."""
+    deadline = time.monotonic() + deadline_seconds
+    while True:
+        try:
+            return await start()
+        except KafkaConnectionError as error:
+            await client().stop()
+            if time.monotonic() > deadline:
+                raise
+            logger.warning("Waiting for Kafka, for up to %g s: %s", deadline_seconds, error)
+            await asyncio.sleep(_RETRY_SECONDS)
+
+
+class ChunkProducer(Producer):  # type: ignore[misc]
+    """Faust's producer, which waits for the broker when it starts."""
+
+    async def on_start(self) -> None:
+        await _connected(super().on_start, lambda: self._producer, self.app.chunk_start_deadline)
+
+
 class ChunkThread(AIOKafkaConsumerThread):  # type: ignore[misc]
     """The thread in which aiokafka fetches."""
 
     async def on_start(self) -> None:
-        await super().on_start()
+        await _connected(super().on_start, lambda: self._consumer, self.app.chunk_start_deadline)
         if self.app.chunk_transport == "fast":
             fetcher = self._consumer._fetcher
             if type(fetcher._records) is not OrderedDict or fetcher._records:
@@ -286,6 +311,7 @@ class ChunkTransport(Transport):  # type: ignore[misc]
     """Faust's aiokafka transport with the consumer above."""
 
     Consumer = ChunkConsumer
+    Producer = ChunkProducer
 
 
 _PARTS: Mapping[tuple[type, str], str] = {
@@ -318,6 +344,7 @@ class ChunkApp(faust.App):  # type: ignore[misc]
         chunk_max_inflight: int = 100_000,
         chunk_max_inflight_bytes: int = 128 << 20,
         chunk_fetch_wait: float = 0.1,
+        chunk_start_deadline: float = 60.0,
         chunk_transport: Literal["auto", "fast", "stock"] = "auto",
         **options: Any,
     ) -> None:
@@ -331,6 +358,7 @@ class ChunkApp(faust.App):  # type: ignore[misc]
             chunk_fetch_wait: how long the broker may hold an answer back to put more into it, in seconds, on the fast
                 transport. Faust's own 1.5 s cannot be set; a broker that uses up half of it, as Tansu does, would add
                 a second to the way of every click.
+            chunk_start_deadline: how long a start waits for a broker that cannot be reached, in seconds.
             chunk_transport: "fast" reads aiokafka's private parts, "stock" does not; "auto" is fast where it can be.
             options: Faust's settings; DEFAULTS where not given.
 
@@ -349,6 +377,7 @@ class ChunkApp(faust.App):  # type: ignore[misc]
         self.chunk_max_inflight = chunk_max_inflight
         self.chunk_max_inflight_bytes = chunk_max_inflight_bytes
         self.chunk_fetch_wait = chunk_fetch_wait
+        self.chunk_start_deadline = chunk_start_deadline
         super().__init__(id, **{**DEFAULTS, "broker_max_poll_records": chunk_max_records, **options})
 
     def chunk_topic(self, *names: str, **options: Any) -> Any:

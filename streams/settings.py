@@ -74,7 +74,8 @@ class StreamsSettings(KafkaSettings):
     the session timeout moves no partition. Empty: none."""
 
     dependency_deadline_seconds: float = Field(60.0, ge=1, le=3_600)
-    """The service ends if Kafka has not answered, or no click could be passed on, for so long, in seconds."""
+    """The service ends if Kafka has not answered, or no click could be passed on, for so long, in seconds; at start it
+    waits for Kafka and its topics for so long."""
     session_timeout_seconds: float = Field(6.0, ge=1, le=300)
     """A worker unheard of for so long loses its partitions, in seconds; the broker may set bounds."""
     commit_interval_seconds: float = Field(1.0, ge=0.05, le=60)

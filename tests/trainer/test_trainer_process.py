@@ -21,6 +21,7 @@ from qdrant_client import QdrantClient
 
 from streams.contract import ItemEvent, MicroBatch, Topics, encode_event
 from streams.service import EXIT_BUG, EXIT_CONFIGURATION, EXIT_DEPENDENCY, load_settings
+from tests.fixtures.kafka import create_topics
 from tests.trainer.streams_of_clicks import micro_batch
 from trainer.checkpoint import Checkpoints, State
 from trainer.contract import collection_name, load_manifest, model_version_of, version_directory
@@ -267,6 +268,18 @@ def test_without_kafka_it_ends_as_a_missing_dependency(bench: Bench) -> None:
     running = bench.start(kafka="127.0.0.1:9", kafka_deadline_seconds="0.5")
     assert running.process.wait(DEADLINE_SECONDS) == EXIT_DEPENDENCY
     assert running.events("kafka is away")
+
+
+def test_started_before_its_broker_it_waits_for_it_and_its_topics(bench: Bench) -> None:
+    broker_module = pytest.importorskip("streamtower.dev.broker", reason="the extra `embedded` is not installed")
+    port = broker_module.free_port()
+    running = bench.start(kafka=f"127.0.0.1:{port}", topic_prefix="")
+    wait_for(lambda: running.events("waiting for kafka"))
+    with broker_module.LocalBroker(port=port) as broker:
+        topics = Topics()
+        create_topics(broker.bootstrap, {topics.clicks: {}, topics.micro_batches: {}, topics.items: {}})
+        running.wait_ready()
+        assert running.end() == 0
 
 
 def test_told_to_stop_while_it_waits_for_kafka_it_stops(bench: Bench) -> None:
