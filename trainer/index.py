@@ -4,7 +4,8 @@ Station: between `publish` and Qdrant. It decides nothing about when and what; i
 repeated a bounded number of times, with a growing pause, when what failed may pass.
 
 Writers that come late (a call that timed out here and is carried out there afterwards) are fenced by the payload's
-`step`: an upsert changes only points of a smaller step, a delete takes only points up to its own.
+`step`: an upsert changes only points of a smaller step, a delete takes only points up to its own. An upsert of points
+that are known to be there makes none, so that it cannot bring back what was deleted meanwhile.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from trainer.contract import COVISIT, DENSE, ITEM_ID, STEP, collection_name, mod
 from trainer.covisit import SparseVectors
 
 FIRST_PAUSE_SECONDS = 0.25
+LONGEST_PAUSE_SECONDS = 30.0
+"""That is kept where Qdrant asks for a longer one (Retry-After)."""
 DELETE_POINTS = 10_000
 """Points named by one delete."""
 
@@ -73,12 +76,15 @@ class Points:
     def __len__(self) -> int:
         return len(self.item_hash)
 
+    def part(self, part: slice) -> Points:
+        """Some of these points; `part` has both ends and no step."""
+        covisit = self.covisit and self.covisit.part(part)
+        return Points(self.item_hash[part], self.vectors[part], self.item_ids[part], self.payloads[part], covisit)
+
     def batches(self, size: int) -> Iterator[Points]:
         """These points, `size` at a time."""
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            covisit = self.covisit and self.covisit.part(part)
-            yield Points(self.item_hash[part], self.vectors[part], self.item_ids[part], self.payloads[part], covisit)
+            yield self.part(slice(start, start + size))
 
 
 class Index:
@@ -138,12 +144,14 @@ class Index:
             schema = models.PayloadSchemaType(kind)
             self._call(lambda f=field, s=schema: self._client.create_payload_index(name, f, s))  # type: ignore[misc]
 
-    def upsert(self, version: int, points: Points, step: int) -> None:
+    def upsert(self, version: int, points: Points, step: int, *, only_known: bool = False) -> None:
         """Writes a batch of points at this step, where there is none or one of a smaller step; returns when applied.
+
+        `only_known`: only where there is one, so that a write that is carried out late brings no deleted item back.
 
         It waits for each batch, because what goes wrong after an answer that did not wait is told to nobody.
         """
-        body = _upsert_body(points, step)
+        body = _upsert_body(points, step, only_known)
         name = collection_name(self.alias, version)
         # The client passes bytes on as they are; its own models would take ten times as long to build and write.
         upsert: Callable[..., Any] = self._client.http.points_api.upsert_points
@@ -247,11 +255,12 @@ class Index:
                 if not passing or attempt == self._attempts:
                     raise IndexAwayError(f"attempt {attempt} of {self._attempts}: {error}") from error
                 self._on_retry()
-                self._pause(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+                asked = min(getattr(error, "retry_after_s", 0), LONGEST_PAUSE_SECONDS)
+                self._pause(max(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), asked))
         raise AssertionError("unreachable")
 
 
-def _upsert_body(points: Points, step: int) -> bytes:
+def _upsert_body(points: Points, step: int, only_known: bool = False) -> bytes:
     """The request's JSON. Numbers are written from the arrays themselves, float32 in their shortest form."""
     vectors: dict[str, Any] = {DENSE: np.ascontiguousarray(points.vectors)}
     if (sparse := points.covisit) is not None:
@@ -266,6 +275,7 @@ def _upsert_body(points: Points, step: int) -> bytes:
     body = {
         "batch": {"ids": points.item_hash, "vectors": vectors, "payloads": payloads},
         "update_filter": {"must": [{"key": STEP, "range": {"lt": step}}]},
+        "update_mode": "update_only" if only_known else "upsert",
     }
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 

@@ -18,7 +18,7 @@ collection or the alias has disappeared, and as soon as that allows it when what
 
 **Delta** = the items touched since their last acknowledged copy, as many as fit the interval, new items first
 (`waiting`), into the live collection; and a delete of all items that went since the version was taken, again each time,
-so that a late upsert brings none back for long.
+because a late upsert could bring back what was new and then went; one of items that are there already makes no points.
 
 While Qdrant is away, learning goes on; what is touched meanwhile is published when it is back.
 """
@@ -54,6 +54,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Between attempts to publish, while Qdrant is away."""
 CLOSE_SECONDS = 3.0
 """How long `close` waits for what is under way."""
+SWEEP_SECONDS = 60.0
+"""For so long after items went, deltas go out even if nothing was touched: each deletes again what went."""
 NOTHING = np.zeros(0, np.uint64)
 
 ResultT = TypeVar("ResultT")
@@ -93,6 +95,7 @@ class Publisher:
         self._turn: Turn | None = None
         """Of the delta that is under way."""
         self._num_left = 0
+        self._newest_gone, self._sweep_until = -1, -math.inf
         self._staleness = Staleness(model, rollout.index, self._settings, metrics)
         self._served: Served | None = None
         self._full_took = 0.0
@@ -116,9 +119,13 @@ class Publisher:
             self._fill = start_job(lambda: self._rollout.fill(taken))
         if self.live is not None and self._delta is None and self._switch is None and now >= self._delta_due:
             self._delta_due = now + self._settings.publish_interval_seconds
-            if self._progress.step > self.published_step or self._num_left:
+            newest_gone = max(self._catalogue.gone.values(), default=-1)
+            if newest_gone > self._newest_gone:
+                self._newest_gone, self._sweep_until = newest_gone, now + SWEEP_SECONDS
+            sweeps = self._catalogue.gone and now < self._sweep_until
+            if self._progress.step > self.published_step or self._num_left or sweeps:
                 self._turn = take_turn(self._catalogue, self._progress.step, self._rate.limit)
-                version, delta = self.live, self._take_delta(self.live, self._turn.rows)
+                version, delta = self.live, self._take_delta(self.live, self._turn.rows, self._turn.num_new)
                 self._report(len(self._turn.rows) + len(self._turn.left))
                 self._delta = start_job(lambda: self._rollout.publish_delta(version, delta))
         if self._served is not None and self._staleness.advance(now, self._served, self._manifest):
@@ -214,16 +221,18 @@ class Publisher:
     def _take_catch_up(self, version: Version) -> Delta:
         """All that was touched since the copy of a version that is not live yet."""
         catalogue = self._catalogue
-        return self._take_delta(version, np.flatnonzero((catalogue.touched > version.step) & ~catalogue.deleted))
+        rows = np.flatnonzero((catalogue.touched > version.step) & ~catalogue.deleted)
+        is_known = catalogue.added[rows] <= version.step
+        return self._take_delta(version, rows[np.argsort(is_known, kind="stable")], int(np.count_nonzero(~is_known)))
 
-    def _take_delta(self, version: Version, rows: Int64Array) -> Delta:
+    def _take_delta(self, version: Version, rows: Int64Array, num_new: int) -> Delta:
         catalogue, scale = self._catalogue, self._settings.popularity_scale
         vectors = joined_vectors(catalogue.embedding[rows], catalogue.log_counts(rows), version.landmark, scale)
         counts = self._model.covisit
         covisit = counts.item_vectors(rows, catalogue.item_hash) if counts is not None else None
         points = replace(self._take_points(rows, vectors), covisit=covisit)
         gone = np.fromiter(catalogue.gone.keys(), np.uint64, len(catalogue.gone))
-        return Delta(self._progress.step, points, gone)
+        return Delta(self._progress.step, points, num_new, gone)
 
     def _take_points(self, rows: Int64Array, vectors: Float32Array) -> Points:
         catalogue, numbers = self._catalogue, rows.tolist()

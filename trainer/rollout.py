@@ -119,6 +119,8 @@ class Delta:
 
     step: int
     points: Points
+    num_new: int
+    """The first so many points are not in the version yet; the others are, and are written nowhere else."""
     gone: UInt64Array
 
 
@@ -233,8 +235,11 @@ class Rollout:
     def _write(self, number: int, delta: Delta) -> None:
         if len(delta.gone):
             self.index.delete(number, delta.gone, delta.step)
-        for batch in delta.points.batches(self.settings.publish_batch_points):
+        size = self.settings.publish_batch_points
+        for batch in delta.points.part(slice(0, delta.num_new)).batches(size):
             self.index.upsert(number, batch, delta.step)
+        for batch in delta.points.part(slice(delta.num_new, len(delta.points))).batches(size):
+            self.index.upsert(number, batch, delta.step, only_known=True)
 
     def _invent(
         self, version: Version, manifest: Manifest, query_tower: QueryTower, item_hash: UInt64Array

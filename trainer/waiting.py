@@ -31,6 +31,8 @@ class Turn:
     """[n]"""
     published_before: Int64Array
     """[n] `Catalogue.published` of them before this delta."""
+    num_new: int
+    """The first so many are not in the live version at all."""
     left: UInt64Array
     """Hashes of the items left over."""
 
@@ -79,7 +81,8 @@ def take_turn(catalogue: Catalogue, step: int, limit: int) -> Turn:
     priority = catalogue.log_q(waiting) + np.log(step - since + 1)
     order = np.lexsort((-priority, is_known))
     rows, left = waiting[order[:limit]], waiting[order[limit:]]
-    turn = Turn(rows, catalogue.item_hash[rows], published[rows], catalogue.item_hash[left])
+    num_new = int(np.count_nonzero(~is_known[order[:limit]]))
+    turn = Turn(rows, catalogue.item_hash[rows], published[rows], num_new, catalogue.item_hash[left])
     published[rows] = step
     return turn
 

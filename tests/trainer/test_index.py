@@ -46,6 +46,9 @@ def test_the_request_is_what_the_clients_own_models_read_as_these_points() -> No
     request = models.PointsBatch.model_validate_json(_upsert_body(points, 9), strict=True)
     assert request.batch.ids == points.item_hash.tolist()
     assert request.update_filter == models.Filter(must=[models.FieldCondition(key="step", range=models.Range(lt=9))])
+    assert request.update_mode == models.UpdateMode.UPSERT
+    known = models.PointsBatch.model_validate_json(_upsert_body(points, 9, only_known=True), strict=True)
+    assert known.update_mode == models.UpdateMode.UPDATE_ONLY and known.batch == request.batch
     assert isinstance(request.batch.vectors, dict)
     dense, sparse = np.array(request.batch.vectors[DENSE], np.float32), request.batch.vectors[COVISIT]
     assert np.array_equal(dense, points.vectors)
