@@ -40,6 +40,11 @@ def _whole_number_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _whole_number(value: object) -> object:
+    """1.0 is an integer in JSON Schema."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _unicode(text: str) -> str:
     try:
         text.encode()
@@ -76,10 +81,18 @@ def _plain(value: object) -> object:
     return value
 
 
-Id = Annotated[str, AfterValidator(_bounded), BeforeValidator(_whole_number_as_text, json_schema_input_type=str | int)]
-"""The caller's id of a user or item; whole numbers are taken as their text, as in clicks."""
+_IdText = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES)]
+Id = Annotated[
+    str, AfterValidator(_bounded), BeforeValidator(_whole_number_as_text, json_schema_input_type=_IdText | int)
+]
+"""The caller's id of a user or item, in UTF-8 of 512 bytes at most; whole numbers are taken as their text, as in
+clicks."""
+_UpToMaxK = Annotated[int, Field(ge=1, le=MAX_K)]
+NumCandidates = Annotated[_UpToMaxK, BeforeValidator(_whole_number, json_schema_input_type=_UpToMaxK)]
+_ContextText = Annotated[str, Field(max_length=MAX_CONTEXT_TEXT)]
 ContextValue = Annotated[
-    str | bool | int | float | None, PlainValidator(_flat, json_schema_input_type=str | bool | int | float | None)
+    str | bool | int | float | None,
+    PlainValidator(_flat, json_schema_input_type=_ContextText | bool | int | float | None),
 ]
 
 
@@ -89,8 +102,18 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+_FOR_SOMEBODY: dict[str, Any] = {
+    "anyOf": [
+        {"required": ["user_id"], "properties": {"user_id": {"type": ["string", "integer"]}}},
+        {"required": ["history"], "properties": {"history": {"type": "array"}}},
+    ]
+}
+
+
 class QueryRequest(Model):
     """Whom to find items for, and which. At least one of `user_id` and `history` must be there."""
+
+    model_config = ConfigDict(json_schema_extra=_FOR_SOMEBODY)
 
     user_id: Id | None = None
     """The user; the history is then what the stream says that they clicked, up to seconds ago."""
@@ -98,7 +121,7 @@ class QueryRequest(Model):
     """Item ids, newest last; wins over the history followed for `user_id`. Empty: a user of whom nothing is known."""
     context: dict[Annotated[str, AfterValidator(_unicode)], ContextValue] = Field({}, max_length=MAX_CONTEXT_FEATURES)
     """Features of the moment (device, hour, the item being watched …), flat. Those that the model lacks do nothing."""
-    k: int = Field(10, ge=1, le=MAX_K)
+    k: NumCandidates = 10
     """How many candidates."""
     filter: Annotated[models.Filter | None, BeforeValidator(_plain)] = None
     """Qdrant's filter on the items' payload."""
@@ -213,7 +236,7 @@ class SimilarRequest(Model):
     by: Literal["both", "embedding", "covisitation"] = "both"
     """What makes items similar: the embeddings' cosine, being clicked near each other by the same users, or both,
     weighed as the version's Manifest says. Popularity has no part in it."""
-    k: int = Field(10, ge=1, le=MAX_K)
+    k: NumCandidates = 10
     """How many."""
     filter: Annotated[models.Filter | None, BeforeValidator(_plain)] = None
     """Qdrant's filter on the items' payload."""

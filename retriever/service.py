@@ -13,6 +13,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -59,6 +60,7 @@ def create_app(
     Raises:
         KeyFileError: the file of keys cannot be used.
     """
+    register_url_convertor("id", _IdConvertor())
     keys = Keys(settings.api_keys, settings.api_keys_file, metrics)
     app = FastAPI(
         title="Streamtower retriever",
@@ -109,7 +111,7 @@ def create_app(
         return retriever.version()
 
     @app.get(
-        "/v1/users/{user_id:path}/history",
+        "/v1/users/{user_id:id}/history",
         response_model=HistoryAnswer,
         responses=_problems(*_CALLER, 422, 503),
     )
@@ -141,6 +143,12 @@ def create_app(
 
     document = json.dumps(_openapi(app, with_keys=keys.are_wanted)).encode()
     return app
+
+
+class _IdConvertor(StringConvertor):
+    """Any text in a path: ids may have slashes and line breaks."""
+
+    regex = r"[\s\S]*"
 
 
 def _add_error_handlers(app: FastAPI) -> None:

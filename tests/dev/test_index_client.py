@@ -367,6 +367,42 @@ def test_nested_prefetches_and_a_formula_give_numpys_scores(filled: Both) -> Non
     assert found == sorted(found, reverse=True)
 
 
+@pytest.mark.parametrize(
+    "narrowed", [None, models.Filter(must=[models.FieldCondition(key="step", range=models.Range(gte=3))])]
+)
+def test_prefetches_that_two_sides_share_are_those_that_each_has_for_itself(
+    filled: Both, narrowed: models.Filter | None
+) -> None:
+    """The endpoint runs shared ones once; in another order they are not the same, and are run for each side."""
+    firsts = [
+        models.Prefetch(query=dense_query, using="dense", limit=12, filter=narrowed),
+        models.Prefetch(query=sparse_query, using="covisit", limit=12, filter=narrowed),
+    ]
+
+    def ask(
+        of_dense: list[models.Prefetch], of_sparse: list[models.Prefetch], limit: int
+    ) -> list[tuple[object, float]]:
+        answer = filled.endpoint.query_points(
+            filled.name,
+            prefetch=[
+                models.Prefetch(prefetch=of_dense, query=dense_query, using="dense", limit=limit, filter=narrowed),
+                models.Prefetch(prefetch=of_sparse, query=sparse_query, using="covisit", limit=limit),
+            ],
+            query=models.FormulaQuery(
+                formula=models.SumExpression(sum=["$score[0]", "$score[1]"]),
+                defaults={"$score[0]": -100.0, "$score[1]": 0.0},
+            ),
+            query_filter=models.Filter(must_not=[models.HasIdCondition(has_id=[1, 2, 3])]),
+            limit=30,
+        )
+        return sorted(((point.id, point.score) for point in answer.points), key=str)
+
+    for limit in (5, 24):
+        shared, apart = ask(firsts, firsts, limit), ask(firsts, firsts[::-1], limit)
+        assert len(shared) > 4 and [id for id, _ in shared] == [id for id, _ in apart]
+        assert [score for _, score in shared] == pytest.approx([score for _, score in apart], abs=TOLERANCE)
+
+
 # Updates
 
 ids = st.one_of(st.integers(0, 9), st.sampled_from(UUIDS[:2]))

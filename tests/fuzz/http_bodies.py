@@ -215,6 +215,8 @@ def _reading(data: bytes) -> dict[str, Any]:
         said["history"] = [id_of(item) for item in said["history"]]
     if said["user_id"] is None and said["history"] is None:
         raise Refused("for nobody")
+    if type(said["k"]) is float and said["k"].is_integer():
+        said["k"] = int(said["k"])
     if type(said["k"]) is not int or not 1 <= said["k"] <= 1000:
         raise Refused("no k")
     if any(type(said[name]) is not bool for name in ("exclude_seen", "with_payload", "explain")):

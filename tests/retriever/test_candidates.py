@@ -153,9 +153,9 @@ def test_numbers_as_ids_are_taken_as_their_text(retriever: Running, published: P
 
 
 def test_history_is_told_with_item_ids(retriever: Running, published: Published) -> None:
-    retriever.table.apply(click("a/b ü", "item-5", ["item-3", "not in the index"], offset=0))
-    answer = retriever.http.get("/v1/users/a%2Fb%20%C3%BC/history")
-    assert answer.json() == {"user_id": "a/b ü", "known": True, "items": ["item-3", None, "item-5"]}
+    retriever.table.apply(click("a/b\nü", "item-5", ["item-3", "not in the index"], offset=0))
+    answer = retriever.http.get("/v1/users/a%2Fb%0A%C3%BC/history")
+    assert answer.json() == {"user_id": "a/b\nü", "known": True, "items": ["item-3", None, "item-5"]}
     unknown = retriever.http.get("/v1/users/someone/history")
     assert unknown.json() == {"user_id": "someone", "known": False, "items": []}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import qdrant_edge as edge
@@ -63,6 +64,18 @@ def without_ids(source: edge.Filter | None, ids: list[int | str]) -> edge.Filter
     if not ids:
         return source
     return edge.Filter(must=None if source is None else [source], must_not=[edge.HasIdCondition(set(ids))])
+
+
+def both(one: edge.Filter | None, other: edge.Filter | None) -> edge.Filter | None:
+    """What passes both filters."""
+    if one is None or other is None:
+        return one or other
+    return edge.Filter(must=[one, other])
+
+
+def with_ids(source: edge.Filter | None, ids: set[int | str | UUID]) -> edge.Filter:
+    """The filter, and of these points alone."""
+    return edge.Filter(must=[*([] if source is None else [source]), edge.HasIdCondition(ids)])
 
 
 def _conditions(source: list[schema.Condition] | schema.Condition | None) -> list[Any] | None:

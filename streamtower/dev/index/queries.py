@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 import qdrant_edge as edge
 
 from streamtower.dev.index import schema
 from streamtower.dev.index.errors import format_error, invalid, not_found, refused, wrong_input
-from streamtower.dev.index.filters import condition_of, filter_of, point_id, without_ids
+from streamtower.dev.index.filters import both, condition_of, filter_of, point_id, with_ids, without_ids
 from streamtower.dev.index.storage import Collection
 
 _UNARY: dict[str, Callable[[Any], edge.Expression]] = {
@@ -108,21 +109,64 @@ def _list(prefetch: list[schema.Prefetch] | schema.Prefetch | None) -> list[sche
     return prefetch if isinstance(prefetch, list) else [prefetch]
 
 
-def _prefetches(source: schema.Prefetch, collection: Collection) -> list[edge.Prefetch]:
+def _prefetches(
+    source: schema.Prefetch, collection: Collection, above: edge.Filter | None = None
+) -> list[edge.Prefetch]:
+    """The engine's prefetches of a query, or of a prefetch; `above`: the filters of what these are within.
+
+    The engine applies a query's filter to all its prefetches, too.
+    """
+    siblings = _list(source.prefetch)
+    above = both(above, filter_of(source.filter))
+    found = _found_once(siblings, collection, above)
     prefetches = []
-    for prefetch in _list(source.prefetch):
+    for prefetch in siblings:
         limit = schema.limit_of(prefetch.limit)
         scoring, ids = _scoring(prefetch, collection)
+        narrowed = without_ids(filter_of(prefetch.filter), ids)
         prefetches.append(
             edge.Prefetch(
                 limit=limit,
                 query=scoring,
-                prefetches=_prefetches(prefetch, collection),
-                filter=without_ids(filter_of(prefetch.filter), ids),
+                prefetches=_prefetches(prefetch, collection, above) if found is None else [],
+                filter=narrowed if found is None else with_ids(narrowed, found),
                 score_threshold=prefetch.score_threshold,
             )
         )
     return prefetches
+
+
+def _found_once(
+    siblings: list[schema.Prefetch], collection: Collection, above: edge.Filter | None
+) -> set[int | str | UUID] | None:
+    """What the prefetches within all of the siblings find, where they are the same ones; else None.
+
+    To score what nested prefetches have found by a vector is to search by it among those points alone. So they need
+    not be run once for each sibling, as the engine does; the answer is the same.
+    """
+    nested = _list(siblings[0].prefetch) if len(siblings) > 1 else []
+    if not nested or any(prefetch.query is None for prefetch in nested):
+        return None
+    alike = ((_list(one.prefetch), one.filter) == (nested, siblings[0].filter) for one in siblings)
+    if not all(alike) or not all(_is_nearest(one.query) for one in siblings):
+        return None
+    above = both(above, filter_of(siblings[0].filter))
+    ids: set[int | str | UUID] = set()
+    for prefetch in nested:
+        scoring, own = _scoring(prefetch, collection)
+        request = edge.QueryRequest(
+            limit=schema.limit_of(prefetch.limit),
+            query=scoring,
+            prefetches=_prefetches(prefetch, collection, above),
+            filter=both(above, without_ids(filter_of(prefetch.filter), own)),
+            score_threshold=prefetch.score_threshold,
+        )
+        ids.update(point.id for point in collection.shard.query(request))
+    return ids
+
+
+def _is_nearest(query: Any) -> bool:
+    return isinstance(query, list) or (isinstance(query, dict) and ("nearest" in query or "indices" in query))
 
 
 def _scoring(source: schema.Prefetch, collection: Collection) -> tuple[Any, list[int | str]]:
