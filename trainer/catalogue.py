@@ -5,8 +5,10 @@ need all of them. It learns nothing and talks to nobody.
 
 Items come from clicks (id alone) and from item events (features, payload). An item that is gone (tombstone) keeps its
 row, marked deleted, so that a late click does not bring it back: only an item event does. When `max_items` rows are
-full, a sixteenth of them makes room: deleted items first, then those untouched for longest. A dropped item (a deleted
-one too) that is clicked again comes back as new, without features until its next item event.
+full, a sixteenth of them makes room: deleted items first, then those untouched for longest. Items that are neither
+clicked nor changed for `expire_clicks` clicks of all items are dropped too: age is told by clicks and not by a clock,
+so that the same stream drops the same items at the same click. A dropped item (a deleted one too) that is clicked again
+comes back as new, without features until its next item event.
 
 Rows are renumbered when items are dropped; nothing outside may keep a row number across `admit` or `take`.
 
@@ -23,14 +25,18 @@ import numpy as np
 import pyarrow as pa
 
 from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array, hash_ids
+from trainer.admission import Admission
 from trainer.columns import Changes, Column
 from trainer.item_events import ItemChange
 from trainer.towers import ItemFeatures, ItemInputs, encode_item_features
 
 NO_PAYLOAD = b"{}"
+EXPIRY_PARTS = 16
+"""Items are looked through for expired ones after each so manieth part of `expire_clicks`."""
 EMBED_ITEMS = 8_192
-_ROWS = ("item_hash", "num_clicks", "log_count", "added", "touched", "deleted")
+_ROWS = ("item_hash", "num_clicks", "log_count", "added", "touched", "seen", "deleted")
 """Of the state, the arrays with a row for each item."""
+_NUMBERS = ("clicks_counted", "num_dropped", "num_expired")
 """Items embedded at a time."""
 
 
@@ -46,6 +52,8 @@ class Catalogue:
         further_half_lives: Sequence[float] = (),
         uniform_ratio: float = 0.02,
         max_items: int = 1_000_000,
+        admit_clicks: int = 1,
+        expire_clicks: int = 0,
     ) -> None:
         """
         Args:
@@ -55,9 +63,15 @@ class Catalogue:
             further_half_lives: of further log frequencies, each > 0; inf: no click fades. H = 1 + their number.
             uniform_ratio: share of clicks taken as spread evenly over all items, in (0, 1]: the floor of log q.
             max_items: most rows, ≥ 1; the items of one micro-batch may come on top for the moment.
+            admit_clicks: with this click an unknown item has its row, ≥ 1; for those that wait there is room for an
+                eighth of `max_items`.
+            expire_clicks: clicks of all items for which an item may be neither clicked nor changed, give or take a
+                sixteenth; 0: any number.
         """
         self.features = features
         self.max_items = max_items
+        self.admission = Admission(admit_clicks, max(1, max_items // 8))
+        self._expire_clicks = expire_clicks
         self._rates: Float64Array = math.log(2) / np.array([half_life_clicks, *further_half_lives], np.float64)
         self._log_uniform_ratio = math.log(uniform_ratio)
         self._row: dict[int, int] = {}
@@ -69,6 +83,7 @@ class Catalogue:
         self._log_count = np.zeros((0, len(self._rates)), np.float64)
         self._added = np.zeros(0, np.int64)
         self._touched = np.zeros(0, np.int64)
+        self._seen = np.zeros(0, np.int64)
         self._published = np.zeros(0, np.int64)
         self._deleted = np.zeros(0, np.bool_)
         self._embedding = np.zeros((0, embedding_dim), np.float32)
@@ -79,6 +94,8 @@ class Catalogue:
         self.num_deleted = 0
         self.num_dropped = 0
         """Rows dropped to make room, so far."""
+        self.num_expired = 0
+        """Rows dropped because of their age, so far."""
         self.gone: dict[int, int] = {}
         """Hash → step of the items that were deleted or dropped, until `forget_gone`: what the index may still hold."""
         self.on_keep: Callable[[Int64Array], None] = lambda kept: None
@@ -160,9 +177,27 @@ class Catalogue:
             new = np.arange(self._size, self._size + len(first))
             self._extend(item_hash[first], [str(item_ids[int(row)]) for row in first], step)
             self._row.update(zip(item_hash[first].tolist(), new.tolist(), strict=True))
+            self.admission.forget(item_hash[first])
             rows = self.find(item_hash)
         self._touch(rows, step)
         return rows
+
+    def admit_clicked(self, item_hash: UInt64Array, item_ids: pa.StringArray, step: int) -> Int64Array:
+        """`admit` for clicks, each of them given once: −1 for an item that has to wait for more clicks."""
+        rows = self.find(item_hash)
+        rows[rows < 0] = np.where(self.admission.admitted(item_hash[rows < 0]), 0, -1)
+        let = np.flatnonzero(rows >= 0)
+        rows[let] = self.admit(item_hash[let], item_ids.take(let), step)
+        return rows
+
+    def expire(self, counted_before: int, step: int) -> None:
+        """Drops the items whose time is over, if it is time to look, since so many clicks had been counted."""
+        part = max(1, self._expire_clicks // EXPIRY_PARTS)
+        if self._expire_clicks and counted_before // part < self.clicks_counted // part:
+            kept = np.flatnonzero(self.clicks_counted - self._seen[: self._size] < self._expire_clicks)
+            if num_expired := self._size - len(kept):
+                self.num_expired += num_expired
+                self._keep(kept, step)
 
     def count(self, rows: Int64Array) -> None:
         """Counts one click for each of these rows, in this order.
@@ -259,7 +294,7 @@ class Catalogue:
     def state_dict(self) -> dict[str, Column]:
         """Everything but the embeddings, which follow from the towers, and `published`; its own columns, to be copied
         before the next change."""
-        numbers = {"clicks_counted": np.array(self.clicks_counted), "num_dropped": np.array(self.num_dropped)}
+        numbers = {name: np.array(getattr(self, name)) for name in _NUMBERS}
         return {
             **{name: getattr(self, f"_{name}")[: self._size] for name in _ROWS},
             "item_id": self._item_ids,
@@ -267,6 +302,7 @@ class Catalogue:
             **numbers,
             "log_total": self.log_totals,
             **{f"features.{name}": column for name, column in self.features.state_dict().items()},
+            **{f"waiting.{name}": column for name, column in self.admission.state_dict().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -277,8 +313,8 @@ class Catalogue:
         """
         if state["log_count"].shape[1] != len(self._rates):
             raise ValueError(f"there are {state['log_count'].shape[1]} half-lives, not {len(self._rates)}")
-        stem = "features."
-        self.features.load_state_dict({name.removeprefix(stem): state[name] for name in state if name.startswith(stem)})
+        for stem, part in (("features.", self.features), ("waiting.", self.admission)):
+            part.load_state_dict({name.removeprefix(stem): state[name] for name in state if name.startswith(stem)})
         self._item_ids, self._payloads = list(state["item_id"]), list(state["payload"])
         self._size = len(self._item_ids)
         for name in _ROWS:
@@ -287,7 +323,8 @@ class Catalogue:
         self._published = np.full(self._size, -1, np.int64)
         self._row = dict(zip(self._item_hash.tolist(), range(self._size), strict=True))
         self.num_deleted = int(self._deleted.sum())
-        self.clicks_counted, self.num_dropped = int(state["clicks_counted"]), int(state["num_dropped"])
+        for name in _NUMBERS:
+            setattr(self, name, int(state[name]))
         if self.clicks_counted:
             self._log_total = np.array(state["log_total"], np.float64)
         self.gone = {}
@@ -295,12 +332,13 @@ class Catalogue:
 
     def _touch(self, rows: Int64Array, step: int) -> None:
         self._touched[rows] = step
+        self._seen[rows] = self.clicks_counted
         self._changed.mark(rows)
 
     def _columns(self, change: Callable[[Any, float], Any]) -> None:
         for name, fill in (
             ("item_hash", 0), ("num_clicks", 0), ("log_count", -math.inf), ("added", 0), ("touched", 0),
-            ("published", -1), ("deleted", False), ("embedding", 0.0),
+            ("seen", 0), ("published", -1), ("deleted", False), ("embedding", 0.0),
         ):  # fmt: skip
             setattr(self, f"_{name}", change(getattr(self, f"_{name}"), fill))
 
@@ -327,9 +365,14 @@ class Catalogue:
         num_kept = max(0, min(self.max_items - self.max_items // 16, self.max_items - num_new))
         at_hand = self.touched == step
         oldest_first = np.lexsort((self.touched, ~self.deleted, at_hand))
-        dropped, kept = oldest_first[: self._size - num_kept], np.sort(oldest_first[self._size - num_kept :])
-        self.gone.update((key, step) for key in self._item_hash[dropped[~self._deleted[dropped]]].tolist())
-        self.num_dropped += len(dropped)
+        self.num_dropped += self._size - num_kept
+        self._keep(np.sort(oldest_first[self._size - num_kept :]), step)
+
+    def _keep(self, kept: Int64Array, step: int) -> None:
+        """Drops all rows but these, which are rising; those that were served are gone."""
+        served = ~self.deleted
+        served[kept] = False
+        self.gone.update((key, step) for key in self.item_hash[served].tolist())
         self._columns(lambda column, fill: column[kept])
         self._item_ids = [self._item_ids[row] for row in kept]
         self._payloads = [self._payloads[row] for row in kept]

@@ -152,6 +152,10 @@ class Metrics:
         self.items_dropped = gauge(
             "items_dropped", "Items ever dropped from the catalogue because max_items was reached."
         )
+        self.items_expired = gauge(
+            "items_expired", "Items ever dropped from the catalogue because of their age, see expire_clicks."
+        )
+        self.items_waiting = gauge("items_waiting", "Unknown items that wait for their admit_clicks clicks.")
         self.item_events = counter("item_events_total", "Item events taken into the catalogue, tombstones included.")
         self.item_events_rejected = counter(
             "item_events_rejected_total", "Item events passed over because they break the contract."
@@ -322,6 +326,8 @@ class Metrics:
         self.items_known.set(catalogue.num_items)
         self.items_deleted.set(catalogue.num_deleted)
         self.items_dropped.set(catalogue.num_dropped)
+        self.items_expired.set(catalogue.num_expired)
+        self.items_waiting.set(len(catalogue.admission))
         if evaluation is not None and evaluation.num_evaluated:
             self.clicks_evaluated.inc(evaluation.num_evaluated - self._evaluated)
             self._evaluated = evaluation.num_evaluated

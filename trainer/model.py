@@ -28,7 +28,7 @@ from trainer.catalogue import Catalogue
 from trainer.columns import Changes, Column
 from trainer.covisit import Covisit
 from trainer.evaluate import Prequential, Ranks, excluded_pairs
-from trainer.features import ranges
+from trainer.features import bag_offsets, ranges
 from trainer.item_events import ItemChange
 from trainer.rewards import task_rewards
 from trainer.score import ServedScore
@@ -214,13 +214,17 @@ class Model:
         return ranks
 
     def _count(self, batch: MicroBatch, part: slice, step: int) -> None:
-        rows = self.catalogue.admit(batch.item_hash[part], batch.item_id[part], step)
-        self.catalogue.count(rows)
+        catalogue, counted_before = self.catalogue, self.catalogue.clicks_counted
+        rows = catalogue.admit_clicked(batch.item_hash[part], batch.item_id[part], step)
+        of_clicks = part.start + np.flatnonzero(rows >= 0)
+        rows = rows[rows >= 0]
+        catalogue.count(rows)
         if self.covisit is not None:
-            offsets = batch.history_offsets[part.start : part.stop + 1]
-            histories = self.catalogue.find(batch.history_values[offsets[0] : offsets[-1]])
-            self.covisit.extend(len(self.catalogue))
-            self.covisit.count(rows, histories, offsets - offsets[0])
+            lengths = np.diff(batch.history_offsets)[of_clicks]
+            histories = catalogue.find(batch.history_values[ranges(batch.history_offsets[of_clicks], lengths)])
+            self.covisit.extend(len(catalogue))
+            self.covisit.count(rows, histories, bag_offsets(lengths))
+        catalogue.expire(counted_before, step)
 
 
 def _joined(ranks: list[Ranks]) -> Ranks | None:
@@ -244,6 +248,8 @@ def new_model(settings: TrainerSettings) -> Model:
         further_half_lives=settings.further_half_lives_clicks,
         uniform_ratio=settings.uniform_ratio,
         max_items=settings.max_items,
+        admit_clicks=settings.admit_clicks,
+        expire_clicks=settings.expire_clicks,
     )
     evaluation = Prequential(window=settings.evaluation_window_clicks) if settings.evaluation_rows else None
     learner = Learner(config, training, catalogue.inputs, lambda: (catalogue.item_hash, catalogue.popularity()))

@@ -181,6 +181,12 @@ class TrainerSettings(KafkaSettings):
     """Threads that torch computes with."""
     max_items: int = Field(1_000_000, ge=1_000, le=100_000_000)
     """Most items in the catalogue; a sixteenth of them, those untouched for longest, make room when it is full."""
+    admit_clicks: int = Field(1, ge=1, le=1_000_000)
+    """With its click of this number an unknown item comes into the catalogue; until then it is learnt from and not
+    served. Items of the topic `items` come in at once. For counting there is room for max_items / 8 waiting items."""
+    expire_clicks: int = Field(0, ge=0, le=1_000_000_000_000)
+    """An item that is neither clicked nor changed for so many clicks of all items leaves the catalogue and the index,
+    give or take a sixteenth of them; 0: never. Clicked again, it comes back without features until its next event."""
     log_q_half_life_clicks: float = Field(5_000.0, gt=0, le=1e12)
     """Half-life of an item's click count behind its log frequency, in clicks of all items."""
     further_half_lives_clicks: tuple[PositiveFloat, ...] = (200.0, 1_000.0, 25_000.0, 1e12)

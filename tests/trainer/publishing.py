@@ -50,6 +50,7 @@ class Publishing:
     settings: PublishSettings = SETTINGS
     attempts: int = 1
     timeout_seconds: int = 10
+    expire_clicks: int = 0
     index_class: type[Index] = Index
     progress: Progress = field(default_factory=Progress)
     metrics: Metrics = field(default_factory=Metrics)
@@ -66,7 +67,11 @@ class Publishing:
             stopping=stopping,
         )
         self.catalogue = Catalogue(
-            ItemFeatures(CONFIG), embedding_dim=CONFIG.embedding_dim, half_life_clicks=100, further_half_lives=[10.0]
+            ItemFeatures(CONFIG),
+            embedding_dim=CONFIG.embedding_dim,
+            half_life_clicks=100,
+            further_half_lives=[10.0],
+            expire_clicks=self.expire_clicks,
         )
         self.learner = Learner(CONFIG, TRAINING, self.catalogue.inputs)
         self.rollout = Rollout(self.index, Versions(self.model_dir), self.settings, self.clock, self.clock)
@@ -78,6 +83,7 @@ class Publishing:
 
     def click(self, *item_ids: str) -> None:
         self.progress.step += 1
+        before = self.catalogue.clicks_counted
         rows = self.catalogue.admit(hash_ids(item_ids), item_ids, self.progress.step)
         self.catalogue.count(rows)
         self.covisit.extend(len(self.catalogue))
@@ -85,6 +91,7 @@ class Publishing:
         offsets = np.cumsum([0, *range(len(rows))])
         self.covisit.count(rows, np.concatenate([rows[:n] for n in range(len(rows))]), offsets)
         self.catalogue.embed(np.unique(rows), self.learner.embed_items)
+        self.catalogue.expire(before, self.progress.step)
 
     def take(self, *changes: ItemChange) -> None:
         self.progress.step += 1

@@ -63,6 +63,8 @@ class Trainer:
     interval: float = 1e9
     evaluate: bool = True
     max_items: int = 1_000
+    admit_clicks: int = 1
+    expire_clicks: int = 0
     metrics: Metrics = field(default_factory=Metrics)
     guard: Guard | None = None
 
@@ -74,6 +76,8 @@ class Trainer:
             half_life_clicks=100,
             further_half_lives=[20.0],
             max_items=self.max_items,
+            admit_clicks=self.admit_clicks,
+            expire_clicks=self.expire_clicks,
         )
         self.learner = Learner(CONFIG, TRAINING, self.catalogue.inputs)
         self.evaluation = Prequential() if self.evaluate else None

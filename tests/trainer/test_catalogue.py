@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -151,6 +152,48 @@ def test_a_full_catalogue_drops_gone_items_first_and_then_those_untouched_for_lo
     click(catalogue, ["i1"], 37)
     assert hash_id("i1") not in catalogue.gone
     assert catalogue.num_clicks[catalogue.find(hash_ids(["i1"]))].tolist() == [1]
+
+
+def clicks(catalogue: Catalogue, item_ids: list[str], step: int) -> list[int]:
+    """As the model does for the clicks of a part."""
+    before = catalogue.clicks_counted
+    rows = catalogue.admit_clicked(hash_ids(item_ids), pa.array(item_ids, pa.string()), step)
+    catalogue.count(rows[rows >= 0])
+    found = [catalogue.item_id(row) if row >= 0 else "" for row in rows.tolist()]
+    catalogue.expire(before, step)
+    return found
+
+
+def test_an_unknown_item_is_admitted_with_its_third_click_and_by_an_item_event_at_once() -> None:
+    catalogue = new_catalogue(admit_clicks=3)
+    assert clicks(catalogue, ["a", "b", "a"], 1) == ["", "", ""]
+    assert len(catalogue) == 0 and catalogue.clicks_counted == 0 and len(catalogue.admission) == 2
+    catalogue.take([change("b")], 2)
+    assert clicks(catalogue, ["b", "a", "c"], 3) == ["b", "a", ""]
+    assert len(catalogue.admission) == 1
+    assert catalogue.num_clicks.tolist() == [1, 1] and catalogue.clicks_counted == 2
+    catalogue.take([gone("a")], 4)
+    assert clicks(catalogue, ["a"], 5) == ["a"] and catalogue.deleted.tolist() == [False, True]
+
+
+def test_items_without_a_click_or_change_for_so_many_clicks_expire_and_are_gone() -> None:
+    catalogue = new_catalogue(expire_clicks=32)
+    stays: list[np.ndarray] = []
+    catalogue.on_keep = stays.append
+    clicks(catalogue, ["old"], 1)
+    catalogue.take([change("new features"), change("tombstone")], 2)
+    catalogue.take([gone("tombstone")], 2)
+    for step in range(3, 34):  # the last of these is the 32nd click
+        assert len(catalogue) == (3 if step == 3 else 4)
+        clicks(catalogue, ["hot"], step)
+    assert [catalogue.item_id(row) for row in range(len(catalogue))] == ["new features", "tombstone", "hot"]
+    assert catalogue.gone == {hash_id("old"): 33, hash_id("tombstone"): 2} and catalogue.num_expired == 1
+    clicks(catalogue, ["hot", "hot"], 34)
+    assert [catalogue.item_id(row) for row in range(len(catalogue))] == ["hot"]
+    assert catalogue.gone == {hash_id("old"): 33, hash_id("tombstone"): 2, hash_id("new features"): 34}
+    assert [kept.tolist() for kept in stays] == [[1, 2, 3], [2]]
+    assert clicks(catalogue, ["old"], 35) == ["old"] and hash_id("old") not in catalogue.gone
+    assert (catalogue.num_expired, catalogue.num_deleted, catalogue.num_items) == (3, 0, 2)
 
 
 def test_the_items_of_the_micro_batch_at_hand_are_never_dropped() -> None:

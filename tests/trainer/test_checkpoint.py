@@ -83,11 +83,13 @@ TURNS = st.lists(st.sampled_from(["learn", "learn", "items", "save", "fail", "re
 
 
 @settings(max_examples=20, deadline=None)
-@given(TURNS, st.sampled_from([25, 1_000]))
-def test_whatever_came_between_two_checkpoints_the_newest_is_what_there_was(turns: list[str], max_items: int) -> None:
+@given(TURNS, st.sampled_from([{"max_items": 25}, {}, {"admit_clicks": 2}, {"expire_clicks": 48, "admit_clicks": 2}]))
+def test_whatever_came_between_two_checkpoints_the_newest_is_what_there_was(
+    turns: list[str], bounds: dict[str, int]
+) -> None:
     batches = iter(click_stream(20, num_items=200))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Path(folder), max_items=max_items)
+        trainer = Trainer(Path(folder), **bounds)  # type: ignore[arg-type]
         saved = None
         for number, turn in enumerate([*turns, "save", "restart"], 1):
             trainer.progress.step = number
@@ -99,7 +101,7 @@ def test_whatever_came_between_two_checkpoints_the_newest_is_what_there_was(turn
                 trainer.model.take([*changes, *gone], number)
             elif turn == "restart":
                 trainer.checkpoints.close()
-                trainer = Trainer(Path(folder), max_items=max_items)
+                trainer = Trainer(Path(folder), **bounds)  # type: ignore[arg-type]
                 assert fingerprint(trainer.progress, trainer.model.state_dict()) == saved or saved is None
             else:
                 newest = max((int(path.name[1:13]) for path in Path(folder).glob("c*")), default=0)

@@ -90,13 +90,17 @@ def test_a_micro_batch_whose_clicks_were_all_rejected_moves_the_positions_on(tmp
 
 
 @pytest.mark.parametrize("cut", [1, 4, 7])
-def test_a_trainer_that_stopped_and_resumed_has_the_model_of_one_that_did_not(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize("bounds", [{}, {"admit_clicks": 3, "expire_clicks": 64}, {"max_items": 32}], ids=str)
+def test_a_trainer_that_stopped_and_resumed_has_the_model_of_one_that_did_not(
+    tmp_path: Path, cut: int, bounds: dict[str, int]
+) -> None:
     entries = [CHANGES[:20], *two_partitions(4), CHANGES[15:], *two_partitions(8)[8:]]
-    undisturbed = Trainer(tmp_path / "a", entries)
+    undisturbed = Trainer(tmp_path / "a", entries, **bounds)  # type: ignore[arg-type]
     undisturbed.run()
-    Trainer(tmp_path / "b", entries[:cut]).run()
-    resumed = Trainer(tmp_path / "b", entries)
+    Trainer(tmp_path / "b", entries[:cut], **bounds).run()  # type: ignore[arg-type]
+    resumed = Trainer(tmp_path / "b", entries, **bounds)  # type: ignore[arg-type]
     resumed.run()
+    assert (resumed.value("items_expired") > 0) == ("expire_clicks" in bounds)
     assert_same_model(undisturbed, resumed)
     assert resumed.progress.clicks_learnt == undisturbed.progress.clicks_learnt == 256
 

@@ -262,6 +262,29 @@ def test_a_gone_item_is_deleted_and_a_late_upsert_does_not_bring_it_back(new: Ca
     assert publishing.points().keys() == {"a", "b"}
 
 
+def test_an_expired_item_leaves_the_index_with_the_next_delta_and_a_late_upsert_does_not_bring_it_back(
+    new: Callable[..., Publishing],
+) -> None:
+    publishing = new(expire_clicks=16)
+    publishing.click("a", "b")
+    publishing.settle()
+    for _ in range(14):
+        assert publishing.points().keys() == {"a", "b"}
+        publishing.click("b")
+        publishing.settle()
+    publishing.click("b")
+    publishing.click("b")
+    publishing.settle()
+    assert publishing.points().keys() == {"b"} and publishing.catalogue.num_expired == 1
+    publishing.index.upsert(1, Points(hash_ids(["a"]), np.ones((1, 10), np.float32), ["a"], [b"{}"]), step=1)
+    publishing.click("b")
+    publishing.settle()
+    assert publishing.points().keys() == {"b"}
+    publishing.click("a")
+    publishing.settle()
+    assert publishing.points().keys() == {"a", "b"}
+
+
 def test_a_new_version_gets_its_own_collection_and_the_last_two_stay(new: Callable[..., Publishing]) -> None:
     publishing = new()
     publishing.click("a", "b")
