@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -65,11 +66,29 @@ def pass_over(progress: Progress, left: Progress, metrics: Metrics) -> None:
     metrics.clicks_passed_over.inc(num_clicks)
 
 
-class Guard:
-    """Trips on a loss or gradient that is not finite, on exploding gradients, and on a collapse of recall.
+@dataclass
+class _Usual:
+    """How long something usually is."""
 
-    norm: the norm of a micro-batch's longest gradient is more than `norm_factor` times the usual one, the geometric
-    mean exp(m), m ← m + (ln norm − m) · max(1/n, 1/1,000), after 100 micro-batches.
+    num_norms: int = 0
+    log_norm: float = 0.0
+
+    @property
+    def norm(self) -> float:
+        """The geometric mean; infinite before there are enough to judge."""
+        return math.exp(self.log_norm) if self.num_norms >= WARM_UP else math.inf
+
+    def observe(self, norm: float) -> None:
+        self.num_norms += 1
+        self.log_norm += (math.log(norm) - self.log_norm) * max(1 / self.num_norms, 1 / MEMORY)
+
+
+class Guard:
+    """Trips on what is not finite, on exploding gradients or weights, and on a collapse of recall.
+
+    norm: of a micro-batch, the longest gradient, or the longest of the table rows and layers that it has changed, is
+    more than `norm_factor` times as long as usual: than the geometric mean exp(m), m ← m + (ln norm − m) · max(1/n,
+    1/1,000), after 100 micro-batches.
     recall: in a whole window of tested clicks, recall at 10 is below `recall_ratio` times the usual one, the median of
     the last 8 windows, and below that of popularity alone in the same window. A stream that has become hard to foresee
     lowers both, and trips nothing.
@@ -88,7 +107,7 @@ class Guard:
         Args:
             metrics: counts what trips.
             window_clicks: tested clicks of a window, ≥ 1.
-            norm_factor: > 1; 0: gradients' size is not judged.
+            norm_factor: > 1; 0: the size of gradients and weights is not judged.
             recall_ratio: 0 … 1; 0: recall is not judged.
             rolls_back: whether the loop is to begin again once it trips.
         """
@@ -97,7 +116,7 @@ class Guard:
         self._norm_factor, self._recall_ratio = norm_factor, recall_ratio
         self.rolls_back = rolls_back
         self.tripped: Danger | None = None
-        self._log_norm, self._num_norms = 0.0, 0
+        self._gradient, self._weight = _Usual(), _Usual()
         self._recalls: deque[float] = deque(maxlen=WINDOWS)
         self._next_window = window_clicks
         metrics.publishing_held.set(0)
@@ -118,22 +137,29 @@ class Guard:
         if self.tripped and self.rolls_back:
             raise RollBackError(self.tripped)
 
-    def observe(self, gradient_norm: float, evaluation: Prequential | None) -> None:
-        """Judges what a micro-batch gave."""
+    def observe(self, gradient_norm: float, weight_norm: float, evaluation: Prequential | None) -> None:
+        """Judges what a micro-batch gave: see `trainer.step.StepResult`."""
         self.observe_gradient(gradient_norm)
+        self.observe_weights(weight_norm)
         if evaluation is not None and self.is_window_due(evaluation.num_evaluated):
             self.observe_recall(evaluation.window(), evaluation.num_evaluated)
 
     def observe_gradient(self, norm: float) -> None:
         """Judges the norm of a micro-batch's largest gradient, finite and ≥ 0."""
-        if not self._norm_factor or norm <= 0:
-            return
-        usual = math.exp(self._log_norm)
-        if self._num_norms >= WARM_UP and norm > self._norm_factor * usual:
-            self.trip("norm", f"a gradient has the norm {norm:.3g}, and usually {usual:.3g}")
-            return
-        self._num_norms += 1
-        self._log_norm += (math.log(norm) - self._log_norm) * max(1 / self._num_norms, 1 / MEMORY)
+        self._judge(self._gradient, norm, "a gradient has the norm")
+
+    def observe_weights(self, norm: float) -> None:
+        """Judges the longest of the weights that a micro-batch has changed, ≥ 0 or not finite."""
+        if math.isfinite(norm):
+            self._judge(self._weight, norm, "a table row or a layer has the norm")
+        else:
+            self.trip("non_finite", f"a table row or a layer has become {norm}")
+
+    def _judge(self, usual: _Usual, norm: float, what: str) -> None:
+        if self._norm_factor and norm > self._norm_factor * usual.norm:
+            self.trip("norm", f"{what} {norm:.3g}, and usually {usual.norm:.3g}")
+        elif norm > 0:
+            usual.observe(norm)
 
     def is_window_due(self, num_evaluated: int) -> bool:
         """Whether a window more has been tested, and `observe_recall` is to be called with it."""

@@ -96,7 +96,7 @@ class Loop:
         self.publisher.freshness.note(progress.step, batch.item_hash, batch.ingest_time)
         progress.note(len(batch), result.loss)
         self.metrics.learnt(len(batch), result.num_steps, result.loss, float(batch.ingest_time.max()))
-        self.guard.observe(result.gradient_norm, self.model.evaluation)
+        self.guard.observe(result.gradient_norm, result.weight_norm, self.model.evaluation)
 
     def _keep_up(self, poll: Poll, in_hand: int) -> None:
         with self.metrics.stage("checkpoint"):

@@ -262,9 +262,9 @@ class Metrics:
         )
         self.dangers = counter(
             "dangers_total",
-            "Micro-batches or windows of tested clicks that tripped the guard: non_finite = the loss or a gradient was "
-            "no finite number; norm = a gradient was guard_norm_factor times as long as usual; recall = recall at 10 "
-            "fell below guard_recall_ratio of the usual one and below that of popularity.",
+            "Micro-batches or windows of tested clicks that tripped the guard: non_finite = the loss, a gradient or a "
+            "weight was no finite number; norm = a gradient or weights were guard_norm_factor times as long as usual; "
+            "recall = recall at 10 fell below guard_recall_ratio of the usual one and below that of popularity.",
             "danger",
         )
         self.rollbacks = counter("rollbacks_total", "Returns to the newest checkpoint after the guard had tripped.")

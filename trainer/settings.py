@@ -218,11 +218,11 @@ class TrainerSettings(KafkaSettings):
     evaluation_window_clicks: int = Field(5_000, ge=1, le=100_000)
     """Tested clicks that the running recall is taken over."""
     guard: Literal["hold", "rollback"] = "hold"
-    """When learning comes apart (a loss that is not finite, exploding gradients, a collapse of recall), nothing is
-    saved or published any more, and what is served stays. hold: until the trainer is restarted; rollback: it goes back
-    to its newest checkpoint at once, and passes over the clicks since."""
+    """When learning comes apart (a loss that is not finite, exploding gradients or weights, a collapse of recall),
+    nothing is saved or published any more, and what is served stays. hold: until the trainer is restarted; rollback: it
+    goes back to its newest checkpoint at once, and passes over the clicks since."""
     guard_norm_factor: float = Field(100.0, ge=0, le=1e12)
-    """A gradient is exploding if it is so many times as long as usual; 0: never."""
+    """Gradients or weights are exploding if one is so many times as long as usual; 0: never."""
     guard_recall_ratio: float = Field(0.5, ge=0, lt=1)
     """Recall at 10 has collapsed if it is below this share of the usual one, and below that of popularity; 0: never."""
 

@@ -81,6 +81,9 @@ class StepResult:
     num_steps: int = 1
     gradient_norm: float = 0.0
     """Length of the gradient of all that the step changes; of several steps, the longest."""
+    weight_norm: float = 0.0
+    """Length, after the step, of the longest table row that it changed, or of a layer's weights if longer; of several
+    steps, the longest. NaN if any is none."""
 
 
 class Learner:
@@ -141,7 +144,13 @@ class Learner:
         known = self._ask_catalogue()
         results = [self.step(clicks.take(rows), known) for rows in np.array_split(order, num_steps)]
         loss = sum(result.loss * result.num_rows for result in results) / len(clicks)
-        return StepResult(loss, len(clicks), num_steps, max(result.gradient_norm for result in results))
+        return StepResult(
+            loss,
+            len(clicks),
+            num_steps,
+            max(result.gradient_norm for result in results),
+            float(np.max([result.weight_norm for result in results])),
+        )
 
     def step(self, clicks: Clicks, known: KnownItems | None = None) -> StepResult:
         """One optimizer step on all of these clicks.
@@ -197,22 +206,30 @@ class Learner:
                 f"rewards are within {clicks.reward.min()} … {clicks.reward.max()}"
             )
 
+        lengths: list[Tensor] = []
         for name, gradient in gradients.items():
             rows = gathered.rows.get(name.removeprefix("tables."))
             weights, sums = self._weights[name], self._squares[name]
             if rows is None:
                 _adagrad(weights, sums, gradient, squares[name], self._rate(name))
+                lengths.append(torch.linalg.vector_norm(weights.detach()))
             else:
                 few_weights, few_sums = learnt[name].detach(), sums.index_select(0, rows)
                 _adagrad(few_weights, few_sums, gradient, squares[name], self._rate(name))
                 weights.index_copy_(0, rows, few_weights)
                 sums.index_copy_(0, rows, few_sums)
                 self._changed[name].mark(rows.numpy())
+                lengths.append(torch.linalg.vector_norm(few_weights, dim=1).max())
         self.query_tower.scale.observe(clicks.query.numbers)
         self.item_tower.scale.observe(item.numbers[: len(clicks)])
         self._remember(clicks)
         self.num_steps += 1
-        return StepResult(loss.item(), len(clicks), gradient_norm=math.sqrt(math.fsum(norms)))
+        return StepResult(
+            loss.item(),
+            len(clicks),
+            gradient_norm=math.sqrt(math.fsum(norms)),
+            weight_norm=torch.stack(lengths).max().item(),
+        )
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def embed_queries(self, query: QueryInputs) -> Float32Array:

@@ -54,6 +54,30 @@ def test_a_gradient_a_hundred_times_as_long_as_usual_trips() -> None:
     assert guard.tripped == "norm" and counts(guard) == {"non_finite": 0, "norm": 1, "recall": 0}
 
 
+def test_weights_a_hundred_times_as_long_as_usual_or_not_finite_trip() -> None:
+    for norm, tripped in [(199.0, None), (201.0, "norm"), (float("nan"), "non_finite"), (float("inf"), "non_finite")]:
+        guard = new_guard()
+        for usual in [1.0, 4.0] * 50:
+            guard.observe(0.1, usual, None)
+        guard.observe(0.1, norm, None)
+        assert guard.tripped == tripped
+
+
+def test_weights_that_explode_hold_publishing_and_checkpoints(tmp_path: Path) -> None:
+    trainer = start(tmp_path, click_stream(110), rolls_back=False, checkpoint_at=48)
+    give = trainer.source.poll
+
+    def poll(timeout_seconds: float) -> Poll:
+        if trainer.progress.micro_batches == 105:
+            trainer.learner.state_dict()["tables.items"].mul_(1e4)
+        return give(timeout_seconds)  # type: ignore[no-any-return]
+
+    trainer.source.poll = poll
+    trainer.run()
+    assert trainer.guard is not None and trainer.guard.tripped == "norm"
+    assert trainer.value("dangers_total", danger="norm") >= 1 and trainer.value("publishing_held") == 1
+
+
 def test_the_first_gradients_of_a_life_trip_nothing() -> None:
     guard = new_guard()
     for norm in [1.0] * 99 + [1e9]:
@@ -165,5 +189,6 @@ def test_a_good_stream_trips_nothing(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path, click_stream(150))
     trainer.guard = Guard(trainer.metrics, window_clicks=300)
     trainer.run()
-    assert trainer.guard.tripped is None and trainer.guard._num_norms == 150
+    assert trainer.guard.tripped is None
+    assert trainer.guard._gradient.num_norms == trainer.guard._weight.num_norms == 150
     assert trainer.guard._recalls

@@ -166,6 +166,16 @@ def test_only_rows_that_the_step_looks_up_move() -> None:
         assert set(moved.nonzero().ravel().tolist()) <= set(rows.tolist())
 
 
+def test_the_longest_row_that_a_step_changed_is_told() -> None:
+    model, batch = learner(), clicks(0)
+    row = int(batch.query.items.rows[0])
+    model.state_dict()["tables.items"][row] *= 50
+    untouched = int(np.setdiff1d(np.arange(64), np.concatenate([batch.query.users.rows.numpy()]))[0])
+    model.state_dict()["tables.users"][untouched] = 1e9
+    result = model.step(batch)
+    assert result.weight_norm == pytest.approx(float(model.state_dict()["tables.items"][row].norm()), rel=1e-6)
+
+
 def test_a_history_item_moves_its_item_embedding_though_it_was_no_candidate() -> None:
     config = TowerConfig(embedding_dim=8, row_dim=8, item_rows=256)
     model = learner(config)
