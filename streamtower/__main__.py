@@ -1,4 +1,4 @@
-"""The command line: `streamtower dead-letters | demo | evaluate | produce | query | replay | topics`.
+"""The command line: `streamtower dead-letters | demo | evaluate | produce | query | replay | topics | versions`.
 
 Station: the front door. Each command reads its options, calls one module, and turns what went wrong into a line on
 stderr and an exit code. Modules that load much are imported by the command that needs them.
@@ -42,6 +42,7 @@ from streamtower.options import (
     name_and_value,
 )
 from streamtower.retraining import replay
+from streamtower.versions_command import app as versions
 
 app = typer.Typer(
     help="Learns from live clicks which items to show to whom, and keeps a vector index fresh with it.",
@@ -52,6 +53,7 @@ app = typer.Typer(
 app.command()(evaluate)
 app.command()(replay)
 app.add_typer(dead_letters, name="dead-letters")
+app.add_typer(versions, name="versions")
 
 
 def main() -> None:

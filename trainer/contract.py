@@ -35,10 +35,27 @@ def collection_name(alias: str, model_version: int) -> str:
     return f"{alias}__v{model_version}"
 
 
+def pinned_alias(alias: str) -> str:
+    """Alias of the version that an operator holds live; where there is none, no version is held."""
+    return f"{alias}__pinned"
+
+
 def model_version_of(alias: str, collection: str) -> int | None:
     """The model version in a collection's name, or None where the collection is not of this alias."""
     stem, _, number = collection.rpartition("__v")
     return int(number) if stem == alias and number.isdecimal() else None
+
+
+class PrequentialScore(msgspec.Struct, frozen=True, kw_only=True):
+    """How well the newest clicks were foreseen, each before it was learnt, when a version was made."""
+
+    clicks: int
+    """Tested clicks that the recalls are over: up to evaluation_window_clicks."""
+    recall_at_10: float
+    recall_at_100: float
+    popularity_recall_at_10: float
+    """Of live popularity alone."""
+    popularity_recall_at_100: float
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +100,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     settings_hash: str
     created_at: float
     """Seconds since the epoch."""
+    prequential: PrequentialScore | None = None
+    """None: no click had been tested."""
 
 
 MANIFEST_FILE = "manifest.json"

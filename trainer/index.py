@@ -26,7 +26,8 @@ from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from streams.contract import Float32Array, Float64Array, UInt64Array
-from trainer.contract import COVISIT, DENSE, ITEM_ID, STEP, collection_name, model_version_of
+from trainer.aliases import Named, named_by, switch, versions_in
+from trainer.contract import COVISIT, DENSE, ITEM_ID, STEP, collection_name
 from trainer.covisit import SparseVectors
 
 FIRST_PAUSE_SECONDS = 0.25
@@ -53,6 +54,14 @@ class CanaryError(IndexAwayError):
     def __init__(self, version: int, recall: float, least: float) -> None:
         super().__init__(f"version {version} finds {recall:.4f} of the exact best items, and should find {least:g}")
         self.recall = recall
+
+
+class PinnedError(Exception):
+    """An operator holds a version live, and nothing else may be published."""
+
+    def __init__(self, named: Named) -> None:
+        super().__init__(f"version {named.pinned} is pinned")
+        self.named = named
 
 
 class PublishStoppedError(Exception):
@@ -116,17 +125,13 @@ class Index:
         self._on_retry = on_retry
         self._stopping = stopping or threading.Event()
 
-    def live_version(self) -> int | None:
-        """The version that the alias names, or None where there is no alias, or none to a collection of ours."""
-        for alias in self._call(lambda: self._client.get_aliases()).aliases:
-            if alias.alias_name == self.alias:
-                return model_version_of(self.alias, alias.collection_name)
-        return None
+    def named(self) -> Named:
+        """Which version is live, and which one an operator holds live."""
+        return self._call(lambda: named_by(self._client, self.alias))
 
     def versions(self) -> list[int]:
         """Versions that have a collection, whole or not, rising."""
-        names = [collection.name for collection in self._call(lambda: self._client.get_collections()).collections]
-        return sorted(version for name in names if (version := model_version_of(self.alias, name)) is not None)
+        return self._call(lambda: versions_in(self._client, self.alias))
 
     def create(self, version: int, size: int, *, hnsw: bool, covisit: bool = False) -> None:
         """Makes a version's collection with its payload indexes; `size` = D + H; `covisit`: with sparse vectors."""
@@ -220,18 +225,25 @@ class Index:
         }
 
     def switch(self, version: int) -> None:
-        """Makes the alias name this version: in one call, so that there is always one."""
-        name = collection_name(self.alias, version)
-        create = models.CreateAliasOperation(
-            create_alias=models.CreateAlias(collection_name=name, alias_name=self.alias)
-        )
-        delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=self.alias))
+        """Makes the alias name this version, unless an operator holds another one.
 
-        def change() -> bool:
-            there = any(alias.alias_name == self.alias for alias in self._client.get_aliases().aliases)
-            return self._client.update_collection_aliases([delete, create] if there else [create])
+        Raises:
+            PinnedError: one is held; it is, or is again, the live one.
+        """
+        self._raise_if_pinned(version)
+        self._call(lambda: switch(self._client, self.alias, version))
+        # Looked at once more: whoever pins a version names it by both aliases, and may have done so in between.
+        try:
+            self._raise_if_pinned(version)
+        except PinnedError as error:
+            pinned = error.named.pinned
+            assert pinned is not None
+            self._call(lambda: switch(self._client, self.alias, pinned))
+            raise
 
-        self._call(change)
+    def _raise_if_pinned(self, version: int) -> None:
+        if (named := self.named()).pinned not in (None, version):
+            raise PinnedError(named)
 
     def drop(self, version: int) -> None:
         """Removes a version's collection; harmless where there is none."""

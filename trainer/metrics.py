@@ -198,6 +198,9 @@ class Metrics:
         )
         self.qdrant_retries = counter("qdrant_retries_total", "Calls to Qdrant repeated after an error that may pass.")
         self.index_version = gauge("index_version", "Number of the live version; 0 before the first of this process.")
+        self.pinned_version = gauge(
+            "pinned_version", "Number of the version that an operator holds live: nothing else is published; 0: none."
+        )
         self.index_version_timestamp = gauge(
             "index_version_timestamp_seconds", "When the live version's copy was taken, in seconds since the epoch."
         )

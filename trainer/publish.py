@@ -20,6 +20,9 @@ collection or the alias has disappeared, and as soon as that allows it when what
 (`waiting`), into the live collection; and a delete of all items that went since the version was taken, again each time,
 because a late upsert could bring back what was new and then went; one of items that are there already makes no points.
 
+While an operator holds a version live (`aliases`), no other one is made and nothing is written into any, but deltas go
+on into the held one if this process has filled it. What is touched meanwhile goes out when none is held any more.
+
 While Qdrant is away, learning goes on; what is touched meanwhile is published when it is back.
 """
 
@@ -37,10 +40,19 @@ import numpy as np
 import structlog
 
 from streams.contract import Float32Array, Int64Array, UInt64Array
-from trainer.contract import Manifest, collection_name
+from trainer.aliases import Named
+from trainer.contract import Manifest, PrequentialScore, collection_name
 from trainer.covisit import SMOOTHING
 from trainer.freshness import Freshness
-from trainer.index import CanaryError, CollectionGoneError, IndexAwayError, Points, PublishStoppedError, joined_vectors
+from trainer.index import (
+    CanaryError,
+    CollectionGoneError,
+    IndexAwayError,
+    PinnedError,
+    Points,
+    PublishStoppedError,
+    joined_vectors,
+)
 from trainer.metrics import Metrics
 from trainer.model import Model
 from trainer.progress import Progress
@@ -103,7 +115,10 @@ class Publisher:
         self._filled: Filled | None = None
         self._switch: Future[Done] | None = None
         self._delta: Future[Done] | None = None
-        self._delta_due = self._full_due = self._full_started = -math.inf
+        self._look: Future[Named] | None = None
+        self._named: Named | None = None
+        """What the aliases named when they were looked at last; None: they were not."""
+        self._look_due = self._delta_due = self._full_due = self._full_started = -math.inf
         self._num_full = 0
         self._failures = {"delta": 0, "full": 0}
 
@@ -111,13 +126,19 @@ class Publisher:
         """Takes up what has finished and begins what is due. Never waits; raises only what is a bug."""
         now = self._rising()
         self._finish(now)
+        if self._look is None and now >= self._look_due:
+            self._look_due = now + self._settings.publish_interval_seconds
+            self._look = start_job(self._rollout.index.named)
         if self._filled is not None and self._switch is None and self._delta is None:
             filled, catch_up = self._filled, self._take_catch_up(self._filled.version)
             self._switch = start_job(lambda: self._rollout.make_live(filled, catch_up))
-        if self._fill is None and self._filled is None and now >= self._full_due and self._catalogue.num_items:
+        pinned = None if self._named is None else self._named.pinned
+        may_fill = self._named is not None and pinned is None and self._catalogue.num_items
+        if self._fill is None and self._filled is None and now >= self._full_due and may_fill:
             taken, self._full_started = self._take_copy(), now
             self._fill = start_job(lambda: self._rollout.fill(taken))
-        if self.live is not None and self._delta is None and self._switch is None and now >= self._delta_due:
+        is_ours = self.live is not None and pinned in (None, self.live.number)
+        if self.live and is_ours and self._delta is None and self._switch is None and now >= self._delta_due:
             self._delta_due = now + self._settings.publish_interval_seconds
             newest_gone = max(self._catalogue.gone.values(), default=-1)
             if newest_gone > self._newest_gone:
@@ -151,7 +172,7 @@ class Publisher:
         """Stops what is under way; nothing is lost, for a restart publishes in full."""
         self._stopping.set()
         deadline = time.monotonic() + CLOSE_SECONDS
-        for future in (self._fill, self._switch, self._delta):
+        for future in (self._look, self._fill, self._switch, self._delta):
             while future is not None and not future.done() and time.monotonic() < deadline:
                 time.sleep(0.01)
         self._finish(self._rising())
@@ -195,6 +216,19 @@ class Publisher:
             source_offsets=dict(self._progress.learnt),
             settings_hash=settings.settings_hash,
             created_at=self._rollout.clock(),
+            prequential=self._prequential(),
+        )
+
+    def _prequential(self) -> PrequentialScore | None:
+        if self._model.evaluation is None or not self._model.evaluation.num_evaluated:
+            return None
+        ranks = self._model.evaluation.window()
+        return PrequentialScore(
+            clicks=len(ranks.rank),
+            recall_at_10=ranks.recall(10),
+            recall_at_100=ranks.recall(100),
+            popularity_recall_at_10=ranks.popularity_recall(10),
+            popularity_recall_at_100=ranks.popularity_recall(100),
         )
 
     def _weights(self) -> dict[str, Any]:
@@ -244,6 +278,12 @@ class Publisher:
         )
 
     def _finish(self, now: float) -> None:
+        if self._look is not None and self._look.done():
+            look, self._look = self._look, None
+            try:
+                self._looked(look.result())
+            except (IndexAwayError, CollectionGoneError, PublishStoppedError):
+                self._looked(Named())  # the jobs look again themselves, and say what is wrong
         if self._delta is not None and self._delta.done():
             delta, self._delta, turn, self._turn = self._delta, None, self._turn, None
             assert turn is not None
@@ -261,6 +301,14 @@ class Publisher:
             switch, filled, self._switch, self._filled = self._switch, self._filled, None, None
             if done := self._result(switch, "full", now):
                 self._went_live(filled, done, now)
+
+    def _looked(self, named: Named) -> None:
+        if named.pinned and (self._named is None or named.pinned != self._named.pinned):
+            log.warning("a version is pinned, and no other one is made live", pinned=named.pinned)
+        self._named = named
+        self._metrics.pinned_version.set(named.pinned or 0)
+        live = self.live.number if self.live is not None else 0
+        self._metrics.index_version.set(named.pinned or live)
 
     def _keep_embeddings(self, filled: Filled) -> None:
         """The evaluation uses the fresh embeddings too, except where an item was touched since."""
@@ -309,6 +357,9 @@ class Publisher:
         try:
             return future.result()
         except PublishStoppedError:
+            return None
+        except PinnedError as error:
+            self._looked(error.named)
             return None
         except (IndexAwayError, CollectionGoneError, OSError) as error:
             self._failures[kind] += 1

@@ -22,7 +22,7 @@ from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array
 from trainer.canary import LIMIT, Users, invent_users, recall_of
 from trainer.contract import Manifest, collection_name
 from trainer.covisit import Covisit, SparseVectors
-from trainer.index import CanaryError, CollectionGoneError, Index, IndexAwayError, Points, joined_vectors
+from trainer.index import CanaryError, CollectionGoneError, Index, IndexAwayError, PinnedError, Points, joined_vectors
 from trainer.towers import ItemInputs, ItemTower, QueryTower
 from trainer.versions import Versions
 
@@ -152,7 +152,8 @@ class Done:
 
 @dataclass(frozen=True)
 class Rollout:
-    """The jobs of a publisher. Each may raise IndexAwayError, CollectionGoneError, PublishStoppedError and OSError."""
+    """The jobs of a publisher. Each may raise IndexAwayError, CollectionGoneError, PinnedError, PublishStoppedError and
+    OSError."""
 
     index: Index
     versions: Versions
@@ -168,7 +169,9 @@ class Rollout:
     def fill(self, taken: Copy) -> Filled:
         """Fills a new collection with every item of the copy."""
         started = self.rising()
-        live = self.index.live_version()
+        if (named := self.index.named()).pinned is not None:
+            raise PinnedError(named)
+        live = named.live
         # Above those that are removed now, too: a dead process may still have something under way there.
         number = 1 + max([taken.version.number - 1, live or 0, *self.index.versions(), *self.versions.numbers()])
         self._remove_unfinished(live)
@@ -225,8 +228,11 @@ class Rollout:
         started = self.rising()
         self.no_delta.clear()
         try:
-            if self.index.live_version() is None:
-                raise CollectionGoneError(f"there is no alias {self.index.alias}")
+            named = self.index.named()
+            if named.pinned not in (None, version.number):
+                raise PinnedError(named)
+            if named.live != version.number:
+                raise CollectionGoneError(f"alias {self.index.alias} names {named.live}, not {version.number}")
             self._write(version.number, delta)
         finally:
             self.no_delta.set()

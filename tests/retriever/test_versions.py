@@ -13,6 +13,7 @@ from qdrant_client import models
 
 from retriever.encode import Asked, VersionError, load_version
 from streams.contract import hash_id, hash_ids
+from streamtower.versions import PublishedVersions
 from tests.retriever.published import CONFIG, Published, Publisher
 from tests.retriever.running import Running, wait_until
 from trainer.contract import MANIFEST_FILE, QUERY_TOWER_FILE, version_directory
@@ -34,6 +35,21 @@ def test_a_switch_changes_the_answers_and_is_counted(retriever: Running, publish
         assert retriever.value("version_created_timestamp_seconds") == version.manifest.created_at
     assert retriever.value("version_switches_total") == 1
     assert retriever.value("version_load_failures_total") == 0
+
+
+def test_after_a_rollback_by_hand_the_query_tower_of_the_old_version_answers(
+    retriever: Running, publisher: Publisher
+) -> None:
+    published = {number: publisher.publish(number) for number in (1, 2)}
+    retriever.wait_for_version(2)
+    by_hand = PublishedVersions(publisher.client, publisher.alias, publisher.model_dir)
+    for number, make_live in ((1, by_hand.rollback), (2, lambda: by_hand.promote(None))):
+        assert make_live().number == number
+        retriever.wait_for_version(number)
+        answer = retriever.ask(history=["item-3"], k=5)
+        expected = published[number].best(5, history=["item-3"], without=["item-3"])
+        assert answer["model_version"] == number
+        assert [candidate["item_id"] for candidate in answer["candidates"]] == [item for item, _ in expected]
 
 
 def test_a_version_of_another_shape_is_served_too(retriever: Running, publisher: Publisher) -> None:

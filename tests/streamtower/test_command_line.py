@@ -16,7 +16,20 @@ import pytest
 
 from streams.contract import Topics
 
-COMMANDS = ("dead-letters list", "dead-letters replay", "demo", "evaluate", "produce", "query", "replay", "topics")
+COMMANDS = (
+    "dead-letters list",
+    "dead-letters replay",
+    "demo",
+    "evaluate",
+    "produce",
+    "query",
+    "replay",
+    "topics",
+    "versions list",
+    "versions promote",
+    "versions rollback",
+    "versions show",
+)
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -17,10 +17,12 @@ from tests.fixtures.strict_qdrant import StrictQdrant
 from tests.trainer.gate import Gate
 from tests.trainer.publishing import DEADLINE_SECONDS, SETTINGS, Publishing, publishings
 from tests.trainer.small_trainer import CONFIG, TRAINING
+from trainer.aliases import Named, switch
 from trainer.contract import (
     COVISIT,
     DENSE,
     QUERY_TOWER_FILE,
+    PrequentialScore,
     collection_name,
     covisit_query,
     covisit_weight,
@@ -28,6 +30,7 @@ from trainer.contract import (
     query_vector,
     version_directory,
 )
+from trainer.evaluate import Prequential
 from trainer.index import Index, IndexAwayError, Points, new_client
 from trainer.item_events import ItemChange
 from trainer.progress import Progress
@@ -480,6 +483,139 @@ def test_a_live_version_that_disappeared_is_published_anew(new: Callable[..., Pu
     assert publishing.points().keys() == {"a", "b", "c"}
 
 
+def contents(publishing: Publishing, version: int) -> dict[str, models.Record]:
+    return publishing.points(collection_name(publishing.alias, version))
+
+
+def test_while_an_older_version_is_pinned_nothing_is_published_and_then_all_of_it(
+    new: Callable[..., Publishing],
+) -> None:
+    publishing = new()
+    publishing.click("a", "b")
+    publishing.settle()
+    publishing.click("b", "c")
+    publishing.renew()
+    before = {version: contents(publishing, version) for version in (1, 2)}
+    switch(publishing.client, publishing.alias, 1, pin=True)
+    publishing.clock.now += 2.0
+    publishing.until(lambda: publishing.value("pinned_version"))
+    publishing.click("a", "d")
+    publishing.take(ItemChange("b", gone=True))
+    for _ in range(5):
+        publishing.clock.now += 100.0
+        for _ in range(3):
+            publishing.publisher.advance()
+        publishing.until(lambda: publishing.publisher._look is None)
+    assert publishing.index.named() == Named(1, 1) and len(publishing.collections()) == 2
+    assert {version: contents(publishing, version) for version in (1, 2)} == before
+    assert publishing.value("index_version") == publishing.value("pinned_version") == 1
+    switch(publishing.client, publishing.alias, 2, pin=False)
+    publishing.settle()
+    publishing.until(lambda: publishing.publisher.idle and publishing.live == 3)
+    assert publishing.index.named() == Named(3, None)
+    assert publishing.points().keys() == {"a", "c", "d"}
+    assert contents(publishing, 2).keys() in ({"a", "b", "c"}, {"a", "c", "d"})  # with or without a delta before 3
+
+
+def test_the_live_version_that_is_pinned_goes_on_by_deltas_alone(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click("a", "b")
+    publishing.settle()
+    switch(publishing.client, publishing.alias, 1, pin=True)
+    publishing.clock.now += 2.0
+    publishing.until(lambda: publishing.value("pinned_version"))
+    publishing.clock.now += 1_000.0
+    publishing.click("b", "c")
+    publishing.settle()
+    assert publishing.points().keys() == {"a", "b", "c"}
+    assert publishing.live == 1 and len(publishing.collections()) == 1
+
+
+class PinnedMeanwhile(Index):
+    """An operator pins version 1 while version 2 is made live."""
+
+    after_the_look = False
+
+    def _raise_if_pinned(self, version: int) -> None:
+        if version == 1 or self.named().pinned:
+            super()._raise_if_pinned(version)
+        elif self.after_the_look:
+            super()._raise_if_pinned(version)
+            switch(self._client, self.alias, 1, pin=True)
+        else:
+            switch(self._client, self.alias, 1, pin=True)
+            super()._raise_if_pinned(version)
+
+
+class PinnedAtTheLastMoment(PinnedMeanwhile):
+    after_the_look = True
+
+
+@pytest.mark.parametrize("index_class", [PinnedMeanwhile, PinnedAtTheLastMoment])
+def test_a_version_that_is_filled_while_another_is_pinned_does_not_stay_live(
+    new: Callable[..., Publishing], index_class: type[Index]
+) -> None:
+    publishing = new(index_class=index_class)
+    publishing.click("a")
+    publishing.settle()
+    publishing.click("b")
+    publishing.clock.now += 100.0
+    publishing.until(lambda: publishing.value("pinned_version"))
+    publishing.until(lambda: publishing.publisher._filled is None)
+    assert publishing.index.named() == Named(1, 1)
+    assert publishing.value("publish_failures_total", kind="full") == 0
+
+
+def test_a_trainer_that_is_started_while_a_version_is_pinned_waits(new: Callable[..., Publishing]) -> None:
+    first = new()
+    first.click("a")
+    first.settle()
+    first.publisher.close()
+    switch(first.client, first.alias, 1, pin=True)
+    second = new(progress=Progress(model_version=1))
+    second.click("b")
+    second.until(lambda: second.value("pinned_version"))
+    for _ in range(3):
+        second.clock.now += 100.0
+        second.publisher.advance()
+        second.until(lambda: second.publisher._look is None)
+    assert second.points().keys() == {"a"} and len(second.collections()) == 1
+    switch(second.client, second.alias, 1, pin=False)
+    second.settle()
+    assert second.live == 2 and second.points().keys() == {"b"}
+
+
+def test_an_alias_that_was_moved_without_a_pin_is_taken_for_an_accident(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click("a", "b")
+    publishing.settle()
+    publishing.renew()
+    before = contents(publishing, 1)
+    switch(publishing.client, publishing.alias, 1)
+    publishing.click("c")
+    publishing.settle()
+    publishing.until(lambda: publishing.live == 3)
+    assert publishing.points().keys() == {"a", "b", "c"}
+    assert publishing.index.named() == Named(3, None) and contents(publishing, 1) == before
+    assert publishing.collections() == [collection_name(publishing.alias, version) for version in (1, 3)]
+
+
+def test_a_version_says_how_well_its_model_foresaw_the_clicks(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click("a")
+    publishing.settle()
+    assert load_manifest(version_directory(publishing.model_dir, 1)).prequential is None
+    evaluation = publishing.model.evaluation = Prequential(window=4)
+    scores = np.tile(np.arange(200, dtype=np.float32), (5, 1))
+    # Ranks 200 (out of the window), 1, 20, 150, 101; popularity puts every item at the same place but one.
+    popularity = -np.arange(200, dtype=np.float32)
+    evaluation.observe(scores, popularity, np.array([0, 199, 180, 50, 99]), np.zeros((0, 2), np.int64))
+    publishing.renew()
+    assert load_manifest(version_directory(publishing.model_dir, 2)).prequential == PrequentialScore(
+        clicks=4, recall_at_10=0.25, recall_at_100=0.5, popularity_recall_at_10=0.0, popularity_recall_at_100=0.5
+    )
+
+
 def test_while_the_index_is_away_learning_goes_on_and_all_is_published_later(
     new: Callable[..., Publishing], qdrant_url: str
 ) -> None:
@@ -513,7 +649,7 @@ def test_an_index_that_hiccups_once_is_asked_again(new: Callable[..., Publishing
         retries: list[int] = []
         index = Index(client, "any", attempts=3, on_retry=lambda: (retries.append(1), gate.open())[0])
         gate.shut()
-        assert index.live_version() is None
+        assert index.named() == Named()
         assert retries == [1]
         client.close()
 
