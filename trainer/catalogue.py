@@ -235,6 +235,12 @@ class Catalogue:
         """float64 [n, H] logs of the items' shares of the clicks, as each half-life sees them."""
         return self.log_counts(rows) - self.log_totals
 
+    def popularity_features(self) -> Float32Array:
+        """float32 [N, H] `log_qs` of all rows."""
+        features = (self._log_count[: self._size] - self.log_totals).astype(np.float32)
+        floor = self._log_uniform_ratio - math.log(max(self.num_items, 1))
+        return np.maximum(features, np.float32(floor), out=features)
+
     def log_q(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
         """float64 [n] log of the items' shares of the recent clicks."""
         log_q: Float64Array = self.log_qs(rows)[:, 0]

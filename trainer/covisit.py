@@ -14,13 +14,15 @@ with n the sum of all n[j] and N the number of items: how much more often than b
 towards 0 where little is known. It is the dot product of two sparse vectors: see `item_vectors` and
 `trainer.contract.covisit_query`.
 
-Bound. Each item keeps `num_partners` partners. A new partner of a full row takes the place of the weakest, of estimate
-m, with probability 1 / (1 + m) (random admission: Ben Basat et al. 2017, "Randomized admission policy for efficient
-top-k, frequency, and volume estimation"), and has the estimate m + 1 then. Used is what was counted since its
-admission: never above the true count, and equal to it for every item that never had more than `num_partners` partners.
+Bound. Each item keeps `num_partners` partners, in sets of `WAYS`; each partner belongs into one of the sets, whatever
+the item, so that an update touches one line of the cache. A new partner of a full set takes the place of the weakest,
+of estimate m, with probability 1 / (1 + m) (random admission: Ben Basat et al. 2017, "Randomized admission policy for
+efficient top-k, frequency, and volume estimation"), and has the estimate m + 1 then. Used is what was counted since its
+admission: never above the true count, and equal to it as long as no more than `WAYS` partners came into the set.
 Chance comes from the number of the click, so the same clicks give the same counts.
 
-Memory: 12 bytes a partner, 12 an item: 780 bytes an item at 64 partners.
+Memory: 12 bytes a partner, 12 an item: 780 bytes an item at 64 partners. A line has the partners and estimates of a
+set; what they had before they were admitted is apart, for it is seldom needed.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ from trainer.features import Float32Array, Int64Array, UInt64Array
 Int32Array = npt.NDArray[np.int32]
 UInt32Array = npt.NDArray[np.uint32]
 SMOOTHING = 10.0
+WAYS = 8
+"""Places of a set."""
 _RESCALE_AT = 2.0**16
-_ROWS = ("partner", "estimate", "before", "num_clicks")
+_ROWS = ("partner", "estimate", "before", "set_of", "num_clicks")
 """Of the state, what has a row for each item."""
 
 
@@ -80,12 +84,17 @@ class Covisit:
         """Nothing counted.
 
         Args:
-            num_partners: of each item, ≥ 1.
+            num_partners: of each item, a multiple of `WAYS`.
             window: newest distinct items of a history that a click is counted with, ≥ 1.
             half_life_clicks: clicks of all items after which an earlier one counts half, > 0; inf: never.
             history_length: newest items of a history that a score looks at, ≥ 1.
             history_decay: weight of a history item relative to the next newer one in a score, in (0, 1].
+
+        Raises:
+            ValueError: the number of partners is no multiple of `WAYS`.
         """
+        if num_partners < WAYS or num_partners % WAYS:
+            raise ValueError(f"{num_partners} partners are no multiple of {WAYS}")
         self.num_partners = num_partners
         self.window = window
         self.history_length = history_length
@@ -96,12 +105,11 @@ class Covisit:
         """Of a click now, on the scale of the counts."""
         self._total = 0.0
         self._size = 0
-        self._partner = np.full((0, num_partners), -1, np.int32)
-        self._estimate = np.zeros((0, num_partners), np.float32)
-        self._before = np.zeros((0, num_partners), np.float32)
+        self._lines = _lines(0, num_partners // WAYS)
+        self._before = np.zeros((0, num_partners // WAYS, WAYS), np.float32)
         """Part of the estimate that was there when the partner was admitted: not its own."""
-        self._least = np.zeros(0, np.float32)
-        """At most the weakest estimate of the row: estimates only grow, so that an old minimum will do."""
+        self._set_of = np.zeros(0, np.int32)
+        """Set in which a row stands where it is a partner."""
         self._num_clicks = np.zeros(0, np.float64)
         self._changed = Changes("covisit")
 
@@ -111,12 +119,8 @@ class Covisit:
 
     def extend(self, num_rows: int) -> None:
         """Makes room for rows up to this number of the catalogue's."""
-        if num_rows > len(self._partner):
-            room = max(num_rows, 2 * len(self._partner), 1024) - self._size
-            for name, fill in (("partner", -1), ("estimate", 0), ("before", 0), ("least", 0), ("num_clicks", 0)):
-                old = getattr(self, f"_{name}")[: self._size]
-                more = np.full((room, *old.shape[1:]), fill, old.dtype)
-                setattr(self, f"_{name}", np.concatenate([old, more]))
+        if num_rows > len(self._lines):
+            self._take(self._size, max(num_rows, 2 * len(self._lines), 1024), self.state_dict())
         self._size = max(self._size, num_rows)
 
     def count(self, rows: Int64Array, history_rows: Int64Array, history_offsets: Int64Array) -> None:
@@ -128,7 +132,7 @@ class Covisit:
             history_offsets: int64 [n + 1] click i's are history_rows[history_offsets[i]:history_offsets[i + 1]].
         """
         _count(
-            self._partner, self._estimate, self._before, self._least, self._num_clicks,
+            self._lines.ravel(), self._counts.ravel(), self._before.ravel(), self._set_of, self._num_clicks,
             rows, history_rows, history_offsets, self.window, np.float32(self._weight), self._clicks_counted,
         )  # fmt: skip
         self._changed.mark(rows)
@@ -139,7 +143,6 @@ class Covisit:
         if self._weight > _RESCALE_AT:
             for counts in (self._estimate, self._before, self._num_clicks):
                 counts /= self._weight
-            self._least = self._estimate.min(axis=1)
             self._total, self._weight = self._total / self._weight, 1.0
             self._changed.mark_all()
 
@@ -147,14 +150,14 @@ class Covisit:
         """x(u, j) of B histories and the first `num_rows` rows: float32 [B, num_rows]."""
         self.extend(num_rows)
         batch_size = len(history_offsets) - 1
-        found = np.zeros((num_rows, batch_size), np.float32)
+        found = np.zeros((batch_size, num_rows), np.float32)
         if num_rows:
-            norm = self._norm(num_rows) / self._weight
             _add_scores(
-                self._partner[:num_rows], self._estimate, self._before, self._num_clicks / self._weight,
-                history_rows, history_offsets, self.history_length, self.history_decay, norm, found,
+                self._lines.ravel(), self._counts.ravel(), self._before.ravel(), self._num_clicks,
+                history_rows, history_offsets, self.history_length, self.history_decay, self._norm(num_rows),
+                1 / self._weight, found,
             )  # fmt: skip
-        return np.ascontiguousarray(found.T)
+        return found
 
     def item_vectors(self, rows: Int64Array, item_hash: UInt64Array) -> SparseVectors:
         """The sparse vectors of these rows: at index h, the low 32 bits of the partner's hash,
@@ -167,8 +170,8 @@ class Covisit:
             item_hash: uint64 [N] hashes of all rows.
         """
         self.extend(len(item_hash))
-        partner = self._partner[rows]
-        counts = (self._estimate[rows] - self._before[rows]) / self._weight
+        partner = self._partner[rows].reshape(len(rows), self.num_partners)
+        counts = (self._estimate[rows] - self._before[rows]).reshape(partner.shape) / self._weight
         clicks = self._num_clicks[: self._size] / self._weight
         values = (SMOOTHING * self._norm(len(item_hash))) * counts / (clicks[rows, None] + 1) / (clicks[partner] + 1)
         indices = item_hash.astype(np.uint32)[partner]
@@ -183,26 +186,26 @@ class Covisit:
     def partners(self, row: int) -> dict[int, float]:
         """Partner row → what was counted of the pair since the partner was admitted."""
         counts = (self._estimate[row] - self._before[row]) / self._weight
-        return {int(p): float(c) for p, c in zip(self._partner[row], counts, strict=True) if p >= 0}
+        return {int(p): float(c) for p, c in zip(self._partner[row].flat, counts.flat, strict=True) if p >= 0}
 
     def keep(self, kept: Int64Array) -> None:
         """Keeps only these rows, renumbered in this order: the catalogue has dropped the others."""
         self.extend(int(kept.max(initial=-1)) + 1)
         new_row = np.full(self._size + 1, -1, np.int32)
         new_row[kept] = np.arange(len(kept), dtype=np.int32)
-        partner = new_row[self._partner[kept]]  # also −1 → −1, by the last place
-        gone = partner < 0
-        self._partner, self._num_clicks = partner, self._num_clicks[kept]
-        self._estimate, self._before = (np.where(gone, 0, a[kept]) for a in (self._estimate, self._before))
-        self._least = self._estimate.min(axis=1)
-        self._size = len(kept)
+        state = self.state_dict()
+        state = {name: array[kept] for name, array in state.items() if name in _ROWS}
+        state["partner"] = new_row[state["partner"]]  # also −1 → −1, by the last place
+        gone = state["partner"] < 0
+        state["estimate"][gone] = state["before"][gone] = 0
+        self._take(len(kept), len(kept), state)
         self._changed.mark_all()
         self._total = float(self._num_clicks.sum())
 
     def snapshot(self) -> Covisit:
         """A copy, to be read by another thread."""
         copied = copy.copy(self)
-        for name in ("partner", "estimate", "before", "least", "num_clicks"):
+        for name in ("lines", "before", "set_of", "num_clicks"):
             setattr(copied, f"_{name}", getattr(self, f"_{name}")[: self._size].copy())
         return copied
 
@@ -225,27 +228,67 @@ class Covisit:
         Raises:
             ValueError: the counts are of another number of partners.
         """
-        if state["partner"].shape[1] != self.num_partners:
-            raise ValueError(f"the counts are of {state['partner'].shape[1]} partners, not of {self.num_partners}")
-        for name in _ROWS:
-            setattr(self, f"_{name}", np.array(state[name]))
-        self._least = self._estimate.min(axis=1)
-        self._size = len(self._partner)
+        if (num_partners := state["partner"][:1].size) and num_partners != self.num_partners:
+            raise ValueError(f"the counts are of {num_partners} partners, not of {self.num_partners}")
+        self._take(len(state["partner"]), len(state["partner"]), state)
         self._changed.take(self._size)
         self._weight, self._total = map(float, state["numbers"])
         self._clicks_counted = int(state["clicks_counted"][0])
+
+    @property
+    def _partner(self) -> Int32Array:
+        """[rows, sets, WAYS] rows of the partners, −1: the place is free."""
+        return self._lines[:, :, 0]
+
+    @property
+    def _counts(self) -> Float32Array:
+        """The lines once more, their numbers read as floats."""
+        return self._lines.view(np.float32)
+
+    @property
+    def _estimate(self) -> Float32Array:
+        """[rows, sets, WAYS]"""
+        return self._counts[:, :, 1]
+
+    def _take(self, size: int, room: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Makes room for so many rows; the first `size` of them are the state's."""
+        num_sets = self.num_partners // WAYS
+        self._lines = _lines(room, num_sets)
+        self._before = np.zeros((room, num_sets, WAYS), np.float32)
+        # New rows take the sets in turn, so that each has as many of the items.
+        self._set_of = np.arange(room, dtype=np.int32) % num_sets
+        self._num_clicks = np.zeros(room, np.float64)
+        self._size = size
+        for name in _ROWS:
+            getattr(self, f"_{name}")[:size] = state[name]
 
     def _norm(self, num_rows: int) -> float:
         return (self._total / self._weight + num_rows) / SMOOTHING
 
 
+def _lines(num_rows: int, num_sets: int) -> Int32Array:
+    """[num_rows, num_sets, 2, WAYS]: partners and, as the bits of a float32, estimates; each set on one cache line."""
+    size = num_rows * num_sets * 2 * WAYS
+    memory = np.zeros(size + 16, np.int32)
+    start = -memory.ctypes.data % 64 // 4
+    lines = memory[start : start + size].reshape(num_rows, num_sets, 2, WAYS)
+    lines[:, :, 0] = -1
+    return lines
+
+
+# In what follows places in memory are unsigned, for which the compiler asks no question whether they are negative.
 @numba.njit(cache=True, nogil=True)
 def _count(  # type: ignore[no-untyped-def]
-    partner, estimate, before, least, num_clicks, rows, history_rows, history_offsets, window, weight, clicks_counted
+    numbers, counts, before, set_of, num_clicks, rows, history_rows, history_offsets, window, weight, clicks_counted
 ):
+    num_sets = np.uintp(numbers.size // (2 * WAYS * len(set_of)))
     newest = np.empty(window, np.int32)
+    lines = np.empty(2 * window, np.uintp)
+    touched = np.int32(0)
     for i in range(len(rows)):
         clicked = np.int32(rows[i])
+        own_line = np.uintp(clicked) * num_sets
+        own_set = np.uintp(set_of[clicked])
         found = 0
         for at in range(history_offsets[i + 1] - 1, history_offsets[i] - 1, -1):
             item = np.int32(history_rows[at])
@@ -257,6 +300,11 @@ def _count(  # type: ignore[no-untyped-def]
             if repeated:
                 continue
             newest[found] = item
+            one_line = (own_line + np.uintp(set_of[item])) * np.uintp(2 * WAYS)
+            two_line = (np.uintp(item) * num_sets + own_set) * np.uintp(2 * WAYS)
+            lines[2 * found], lines[2 * found + 1] = one_line, two_line
+            # Reads what will be needed, so that memory is waited for once a click and not once a pair.
+            touched ^= numbers[one_line] ^ numbers[two_line]
             found += 1
             if found == window:
                 break
@@ -268,39 +316,41 @@ def _count(  # type: ignore[no-untyped-def]
             bits ^= bits >> np.uint64(31)
             one = np.float32(bits >> np.uint64(40)) * np.float32(2.0**-24)
             two = np.float32(bits & np.uint64(0xFFFFFF)) * np.float32(2.0**-24)
-            other = newest[k]
-            _add(partner, estimate, before, least, clicked, other, weight, one)
-            _add(partner, estimate, before, least, other, clicked, weight, two)
+            _add(numbers, counts, before, lines[2 * k], newest[k], weight, one)
+            _add(numbers, counts, before, lines[2 * k + 1], clicked, weight, two)
         num_clicks[clicked] += weight
+    return touched
 
 
 @numba.njit(nogil=True, fastmath={"nnan", "ninf", "nsz", "reassoc"}, inline="always")
-def _add(partner, estimate, before, least, row, other, weight, chance):  # type: ignore[no-untyped-def]
+def _add(numbers, counts, before, line, other, weight, chance):  # type: ignore[no-untyped-def]
     # Loops without an early end, over 32-bit numbers: the compiler makes vector instructions of them.
     at = np.int32(-1)
-    for k in range(partner.shape[1]):
-        at = max(at, np.int32(k) if partner[row, k] == other else np.int32(-1))
+    for k in range(np.uintp(WAYS)):
+        at = max(at, np.int32(k) if numbers[line + k] == other else np.int32(-1))
+    estimates = line + np.uintp(WAYS)
     if at >= 0:
-        estimate[row, at] += weight
+        counts[estimates + np.uintp(at)] += weight
         return
-    if chance * (least[row] + weight) >= weight:  # nor with the minimum of now, which is not lower
-        return
-    minimum = estimate[row, 0]
-    for k in range(estimate.shape[1]):
-        minimum = min(minimum, estimate[row, k])
-    least[row] = minimum
+    minimum = counts[estimates]
+    for k in range(np.uintp(WAYS)):
+        minimum = min(minimum, counts[estimates + k])
     if chance * (minimum + weight) < weight:  # always where a place is free: its estimate is 0
         at = np.int32(0)
-        for k in range(estimate.shape[1]):
-            at = max(at, np.int32(k) if estimate[row, k] == minimum else np.int32(0))
-        partner[row, at], estimate[row, at], before[row, at] = other, minimum + weight, minimum
+        for k in range(np.uintp(WAYS)):
+            at = max(at, np.int32(k) if counts[estimates + k] == minimum else np.int32(0))
+        place = np.uintp(at)
+        numbers[line + place], counts[estimates + place] = other, minimum + weight
+        before[(line >> np.uintp(1)) + place] = minimum
 
 
 @numba.njit(cache=True, nogil=True)
 def _add_scores(  # type: ignore[no-untyped-def]
-    partner, estimate, before, clicks, history_rows, history_offsets, history_length, decay, norm, scores
+    numbers, counts, before, clicks, history_rows, history_offsets, history_length, decay, norm, unit, scores
 ):
-    # Who has row h in the history: a chain of the places in `reader`, `weight`.
+    # Who has row h in the history: a chain of the places in `reader`, `weight`, from `first`[h].
+    num_sets = np.uintp(numbers.size // (2 * WAYS * len(clicks)))
+    asked = np.zeros(len(clicks) + 1, np.uint8)  # of row − 1, so that it may be asked of a free place
     first = np.full(len(clicks), -1, np.int32)
     after = np.empty(len(history_rows), np.int32)
     reader = np.empty(len(history_rows), np.int32)
@@ -314,16 +364,25 @@ def _add_scores(  # type: ignore[no-untyped-def]
         for age in range(length):
             item = history_rows[history_offsets[i + 1] - 1 - age]
             if item >= 0:
-                reader[used], weight[used] = i, decay**age / total / (clicks[item] + 1)
+                reader[used], weight[used] = i, decay**age / total / (clicks[item] * unit + 1)
                 after[used], first[item] = first[item], used
+                asked[item + 1] = 1
                 used += 1
-    for row in range(len(partner)):
-        by = norm / (clicks[row] + 1)
-        for k in range(partner.shape[1]):
-            item = partner[row, k]
-            if item >= 0 and first[item] >= 0:
-                value = by * (estimate[row, k] - before[row, k])
-                place = first[item]
-                while place >= 0:
-                    scores[row, reader[place]] += weight[place] * value
-                    place = after[place]
+    line = np.uintp(0)
+    for row in range(scores.shape[1]):
+        by = norm * unit / (clicks[row] * unit + 1)
+        for _ in range(num_sets):
+            some = np.uint8(0)
+            for k in range(np.uintp(WAYS)):
+                some |= asked[np.uintp(numbers[line + k] + np.int32(1))]
+            if some:
+                for k in range(np.uintp(WAYS)):
+                    item = np.uintp(numbers[line + k] + np.int32(1))
+                    if asked[item]:
+                        own = counts[line + np.uintp(WAYS) + k] - before[(line >> np.uintp(1)) + k]
+                        value = np.float32(by * own)
+                        place = first[item - np.uintp(1)]
+                        while place >= 0:
+                            scores[reader[place], row] += weight[place] * value
+                            place = after[place]
+            line += np.uintp(2 * WAYS)

@@ -28,7 +28,7 @@ from trainer.catalogue import Catalogue
 from trainer.columns import Changes, Column
 from trainer.covisit import Covisit
 from trainer.evaluate import Prequential, Ranks, excluded_pairs
-from trainer.features import bag_offsets, ranges
+from trainer.features import Float32Array, bag_offsets, ranges
 from trainer.item_events import ItemChange
 from trainer.rewards import task_rewards
 from trainer.score import ServedScore
@@ -196,21 +196,23 @@ class Model:
         excluded = excluded_pairs(histories, offsets) if self.exclude_history else np.zeros((0, 2), np.int64)
         embedding = torch.from_numpy(self.learner.embed_queries(query.take(rows)) / self.learner.config.temperature)
         logits = (embedding @ torch.from_numpy(catalogue.embedding).T).numpy()
-        popularity = catalogue.log_qs().astype(np.float32)
+        popularity = catalogue.popularity_features()
         covisit = self.covisit.scores(histories, offsets, len(catalogue)) if self.covisit is not None else None
         known = np.minimum(lengths, self.learner.config.history_length)
         scores = self.score.combine(logits, popularity, covisit, known)
-        scores[:, catalogue.deleted] = -np.inf
+        if catalogue.num_deleted:
+            scores[:, catalogue.deleted] = -np.inf
         scores[excluded[:, 0], excluded[:, 1]] = -np.inf
         ranks = []
         if self.evaluation is not None and (of := tested[rows]).any():
             places = np.cumsum(of) - 1
             pairs = excluded[of[excluded[:, 0]]]
             pairs = np.stack([places[pairs[:, 0]], pairs[:, 1]], axis=1)
-            ranks.append(self.evaluation.observe(scores[of], catalogue.popularity(), target[of], pairs))
+            alone = np.where(catalogue.deleted, np.float32(-np.inf), popularity[:, 0])
+            ranks.append(self.evaluation.observe(_rows(scores, of), alone, target[of], pairs))
         if (of := weighed[rows]).any():
-            some = None if covisit is None else covisit[of]
-            self.score.learn(logits[of], popularity, some, known[of], scores[of], target[of])
+            some = None if covisit is None else _rows(covisit, of)
+            self.score.learn(_rows(logits, of), popularity, some, known[of], _rows(scores, of), target[of])
         return ranks
 
     def _count(self, batch: MicroBatch, part: slice, step: int) -> None:
@@ -225,6 +227,11 @@ class Model:
             self.covisit.extend(len(catalogue))
             self.covisit.count(rows, histories, bag_offsets(lengths))
         catalogue.expire(counted_before, step)
+
+
+def _rows(array: Float32Array, which: npt.NDArray[np.bool_]) -> Float32Array:
+    """These rows; the array itself where they are all."""
+    return array if which.all() else array[which]
 
 
 def _joined(ranks: list[Ranks]) -> Ranks | None:

@@ -62,6 +62,10 @@ from trainer.waiting import PublishRate, Turn, give_back, take_turn
 
 GATHER_ITEMS = 8_192
 """Items whose inputs are gathered, and that are embedded, at a time."""
+LARGEST_RISE = 5.0
+"""By how much log frequencies of a delta may stand above those of its version because the others fall meanwhile. Those
+of a short half-life reach their floor soon, and fall no further: without a bound, whatever is touched would end above
+all else. Measured in docs/results.md."""
 LONGEST_PAUSE_SECONDS = 30.0
 """Between attempts to publish, while Qdrant is away."""
 CLOSE_SECONDS = 3.0
@@ -261,7 +265,8 @@ class Publisher:
 
     def _take_delta(self, version: Version, rows: Int64Array, num_new: int) -> Delta:
         catalogue, scale = self._catalogue, self._settings.popularity_scale
-        vectors = joined_vectors(catalogue.embedding[rows], catalogue.log_counts(rows), version.landmark, scale)
+        landmark = np.maximum(version.landmark, catalogue.log_totals - LARGEST_RISE)
+        vectors = joined_vectors(catalogue.embedding[rows], catalogue.log_counts(rows), landmark, scale)
         counts = self._model.covisit
         covisit = counts.item_vectors(rows, catalogue.item_hash) if counts is not None else None
         points = replace(self._take_points(rows, vectors), covisit=covisit)

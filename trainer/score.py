@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -33,6 +34,8 @@ from trainer.features import Float32Array, Int64Array
 Float64Array = npt.NDArray[np.float64]
 
 NUM_BEST = 300
+FIRST_EMBEDDING_WEIGHT = 0.3
+"""Embeddings are random at first: with weight 1 they would drown the popularity until the weights have learnt."""
 PRIOR = 20.0
 """Strength of the first weights: as if so many clicks of unit variance had confirmed them."""
 
@@ -49,7 +52,8 @@ class ServedScore:
         covisit_scale: float = 1.0,
         adapts: bool = True,
     ) -> None:
-        """First weights: 1 for the embedding, `popularity_weight` for the first popularity feature.
+        """First weights: `FIRST_EMBEDDING_WEIGHT` for the embedding, 1 if it stays; `popularity_weight` for the first
+        popularity feature.
 
         Args:
             num_popularity: popularity features, ≥ 1.
@@ -61,7 +65,8 @@ class ServedScore:
         self.covisit_scale = covisit_scale
         self.adapts = adapts
         self.weights: Float64Array = np.zeros((2 + num_popularity, 2))
-        self.weights[0, 0], self.weights[1, 0], self.weights[-1, 0] = 1.0, popularity_weight, covisit_weight
+        self.weights[:2, 0] = FIRST_EMBEDDING_WEIGHT if adapts else 1.0, popularity_weight
+        self.weights[-1, 0] = covisit_weight
         self._learnt = np.repeat([[True] * (1 + num_popularity) + [covisit_weight != 0]], 2, axis=0).T.ravel()
         self._information: Float64Array = np.eye(self.weights.size) * PRIOR
 
@@ -85,11 +90,13 @@ class ServedScore:
             covisit: float32 [B, N] x ≥ 0; None: without.
             history_length: int64 [B].
         """
-        weights = self.effective(history_length)
-        scores = weights[:, :1] * logits
-        scores += weights[:, 1:-1] @ popularity.T
-        if covisit is not None:
-            scores += weights[:, -1:] * np.log1p(self.covisit_scale * covisit)
+        scores = np.empty_like(logits)
+        none = np.zeros((0, 0), np.float32)
+        columns = np.ascontiguousarray(popularity.T)
+        _combine(
+            self.effective(history_length), logits, columns, none if covisit is None else covisit,
+            np.float32(self.covisit_scale), scores,
+        )  # fmt: skip
         return scores
 
     def learn(
@@ -114,11 +121,13 @@ class ServedScore:
         if not self.adapts:
             return
         gradient = np.zeros(self.weights.size)
-        num_best = min(NUM_BEST, scores.shape[1])
         basis = log_histories(history_length)
-        best_of = torch.from_numpy(scores).topk(num_best, dim=1, sorted=False).indices.numpy()
-        for i, best_found in enumerate(best_of):
-            best = best_found[scores[i, best_found] > -np.inf]
+        for i in np.flatnonzero(target >= 0):
+            score = scores[i, target[i]]
+            if score == -np.inf or np.count_nonzero(scores[i] > score) >= NUM_BEST:
+                continue
+            best = torch.from_numpy(scores[i]).topk(min(NUM_BEST, scores.shape[1]), sorted=False).indices.numpy()
+            best = best[scores[i, best] > -np.inf]
             place = np.flatnonzero(best == target[i])
             if len(place) == 0 or len(best) < 2:
                 continue
@@ -150,6 +159,23 @@ class ServedScore:
         if state["weights"].shape != self.weights.shape:
             raise ValueError(f"the weights are {state['weights'].shape} and should be {self.weights.shape}")
         self.weights, self._information = np.array(state["weights"]), np.array(state["information"])
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "contract"})
+def _combine(weights, logits, popularity, covisit, scale, scores):  # type: ignore[no-untyped-def]
+    # Row by row, so that a row of scores stays in the cache until it is done.
+    num_popularity = len(popularity)
+    for i in range(len(logits)):
+        row = scores[i]
+        for j in range(len(row)):
+            row[j] = weights[i, 0] * logits[i, j]
+        for p in range(num_popularity):
+            for j in range(len(row)):
+                row[j] += weights[i, 1 + p] * popularity[p, j]
+        if len(covisit):
+            for j in range(len(row)):
+                if covisit[i, j] > 0:
+                    row[j] += weights[i, 1 + num_popularity] * np.log1p(scale * covisit[i, j])
 
 
 def log_histories(history_length: Int64Array) -> Float64Array:

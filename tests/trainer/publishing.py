@@ -77,7 +77,7 @@ class Publishing:
         self.rollout = Rollout(self.index, Versions(self.model_dir), self.settings, self.clock, self.clock)
         self.score = ServedScore(2)
         self.score.weights = np.array([[1.3, 0.2], [0.7, -0.1], [0.4, 0.3], [0.9, 0.25]])
-        self.covisit = Covisit(6)
+        self.covisit = Covisit(8)
         self.model = Model(self.catalogue, self.learner, score=self.score, covisit=self.covisit)
         self.publisher = Publisher(self.rollout, self.model, self.progress, self.metrics, stopping=stopping)
 

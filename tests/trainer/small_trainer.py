@@ -86,7 +86,7 @@ class Trainer:
             self.learner,
             self.evaluation,
             ServedScore(2),
-            Covisit(4, window=3, history_length=CONFIG.history_length),
+            Covisit(8, window=3, history_length=CONFIG.history_length),
             tested_rows=8,
             refresh_clicks=5,
         )

@@ -65,7 +65,7 @@ clicks_of_rows = st.lists(st.tuples(rows, st.lists(st.one_of(rows, st.just(-1)),
 @settings(deadline=None, max_examples=100)
 @given(parts=st.lists(clicks_of_rows, max_size=5), half_life=st.sampled_from([math.inf, 7.0, 0.5]))
 def test_while_an_item_has_room_its_counts_are_exact(parts: list[list[Click]], half_life: float) -> None:
-    covisit, exact = Covisit(12, window=3, half_life_clicks=half_life), ExactCounts(3, half_life)
+    covisit, exact = Covisit(16, window=3, half_life_clicks=half_life), ExactCounts(3, half_life)
     for clicks in parts:
         count(covisit, clicks, 12)
         exact.count(clicks)
@@ -78,7 +78,7 @@ def test_while_an_item_has_room_its_counts_are_exact(parts: list[list[Click]], h
 @settings(deadline=None, max_examples=100)
 @given(clicks=clicks_of_rows, histories=st.lists(st.lists(st.one_of(rows, st.just(-1)), max_size=6), max_size=4))
 def test_scores_are_the_formula_by_value(clicks: list[Click], histories: list[list[int]]) -> None:
-    covisit, exact = Covisit(12, window=4, history_length=3, history_decay=0.7), ExactCounts(4)
+    covisit, exact = Covisit(16, window=4, history_length=3, history_decay=0.7), ExactCounts(4)
     count(covisit, clicks, 12)
     exact.count(clicks)
     values = np.array([row for history in histories for row in history], dtype=np.int64)
@@ -110,7 +110,7 @@ def test_sparse_item_and_query_vectors_multiply_to_the_score() -> None:
 
 
 def test_of_two_partners_with_the_same_index_the_stronger_is_published() -> None:
-    covisit = Covisit(4)
+    covisit = Covisit(8)
     count(covisit, [(0, [1]), (0, [2]), (0, [2])], 3)
     hashes = np.array([5, 7, 7 + 2**32], dtype=np.uint64)
     vectors = covisit.item_vectors(np.array([0]), hashes)
@@ -163,12 +163,14 @@ def test_the_same_clicks_give_the_same_counts_also_after_a_resume() -> None:
 
 
 def test_a_state_of_another_number_of_partners_is_refused() -> None:
-    with pytest.raises(ValueError, match="of 8 partners, not of 4"):
-        Covisit(4).load_state_dict(Covisit(8).state_dict())
+    with pytest.raises(ValueError, match="of 8 partners, not of 16"):
+        covisit = Covisit(8)
+        covisit.extend(1)
+        Covisit(16).load_state_dict(covisit.state_dict())
 
 
 def test_dropped_items_are_no_partners_any_more_and_the_others_keep_theirs() -> None:
-    covisit = Covisit(4)
+    covisit = Covisit(8)
     count(covisit, [(0, [1]), (2, [0]), (2, [1]), (3, [2])], 5)
     covisit.keep(np.array([1, 2, 3]))
     assert len(covisit) == 3
@@ -178,7 +180,7 @@ def test_dropped_items_are_no_partners_any_more_and_the_others_keep_theirs() -> 
 
 
 def test_counts_of_a_short_half_life_outlive_the_range_of_a_number() -> None:
-    covisit = Covisit(4, half_life_clicks=1.0)
+    covisit = Covisit(8, half_life_clicks=1.0)
     for _ in range(1_000):
         count(covisit, [(0, [1])] * 10, 2)
     assert covisit.partners(0) == pytest.approx({1: sum(10 * 0.5 ** (10 * k) for k in range(1, 50))}, rel=1e-3)

@@ -32,9 +32,10 @@ def test_the_score_is_the_formula_by_value() -> None:
             assert given[i, j] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
-def test_the_first_weights_are_the_plain_score() -> None:
-    score = ServedScore(2, popularity_weight=0.7, covisit_weight=0.4)
-    assert score.weights.tolist() == [[1, 0], [0.7, 0], [0, 0], [0.4, 0]]
+def test_first_weights_that_stay_are_the_plain_score_and_others_begin_near_popularity() -> None:
+    still = ServedScore(2, popularity_weight=0.7, covisit_weight=0.4, adapts=False)
+    assert still.weights.tolist() == [[1, 0], [0.7, 0], [0, 0], [0.4, 0]]
+    assert ServedScore(2).weights.tolist() == [[0.3, 0], [1, 0], [0, 0], [0.5, 0]]
 
 
 def clicked(score: ServedScore, true: np.ndarray, num_batches: int, gone: int = 0) -> None:
