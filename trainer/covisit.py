@@ -281,7 +281,7 @@ def _lines(num_rows: int, num_sets: int) -> Int32Array:
 def _count(  # type: ignore[no-untyped-def]
     numbers, counts, before, set_of, num_clicks, rows, history_rows, history_offsets, window, weight, clicks_counted
 ):
-    num_sets = np.uintp(numbers.size // (2 * WAYS * len(set_of)))
+    num_sets = np.uintp(numbers.size // (2 * WAYS * max(len(set_of), 1)))
     newest = np.empty(window, np.int32)
     lines = np.empty(2 * window, np.uintp)
     touched = np.int32(0)

@@ -141,7 +141,7 @@ def test_a_checkpoint_holds_the_rows_that_changed_and_a_full_one_comes_when_they
 
 
 def test_a_restarted_trainer_saves_its_changes_on_top_of_what_it_has_loaded(tmp_path: Path) -> None:
-    for number, batch in enumerate(click_stream(3)):
+    for number, batch in enumerate(click_stream(3, rows=8)):
         trainer = Trainer(tmp_path)
         trainer.model.learn(batch, number)
         trainer.progress.step = number
