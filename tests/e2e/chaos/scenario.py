@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 from confluent_kafka import Producer
 from safetensors.numpy import load_file
 
@@ -163,6 +165,7 @@ def run_and_compare(
     done: Callable[[int, float], bool],
     mean_seconds: float,
     seed: int,
+    brokers: Sequence[Member] = (),
 ) -> tuple[Outcome, list[str]]:
     """With one partition: the outcome, and where the model differs from that of a run in peace over the same clicks.
 
@@ -177,6 +180,8 @@ def run_and_compare(
         mean_seconds=mean_seconds,
         seed=seed,
         batch_age_seconds=60,
+        static_members=bool(brokers),
+        brokers=brokers,
     )
     write_items(kafka, peaceful)
     records = read_partition(kafka, topics.clicks, 0)
@@ -200,10 +205,23 @@ def run_and_compare(
     return outcome, differences((directory / "disturbed", outcome.points), (directory / "peaceful", points))
 
 
+def learnt(checkpoint: Path) -> dict[str, npt.NDArray[Any]]:
+    """Everything of the learner in a checkpoint: cNEW, or cNEW-FULL with some rows of its tables on top of cFULL's."""
+    arrays = load_file(checkpoint / "columns.safetensors")
+    model = {name: array for name, array in arrays.items() if name.startswith("learner.")}
+    if full := checkpoint.name.partition("-")[2]:
+        below = load_file(checkpoint.with_name(f"c{full}") / "columns.safetensors")
+        for name in [name for name in model if "tables." in name]:
+            whole = below[name]
+            whole[arrays["rows/tables." + name.partition("tables.")[2]]] = model[name]
+            model[name] = whole
+    return model
+
+
 def differences(first: tuple[Path, Points], second: tuple[Path, Points]) -> list[str]:
     """Where two chains' last models and live collections are not the same, bit for bit."""
     found = []
-    models = [load_file(last_checkpoint(path / "checkpoints") / "model.safetensors") for path, _ in (first, second)]
+    models = [learnt(last_checkpoint(path / "checkpoints")) for path, _ in (first, second)]
     if models[0].keys() != models[1].keys():
         found.append(f"tensors {models[0].keys() ^ models[1].keys()}")
     for name in models[0].keys() & models[1].keys():

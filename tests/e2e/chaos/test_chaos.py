@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-# Fifty kills in two to three minutes on two cores; where there is an Apache Kafka, 32 more with brokers among them.
+# Fifty kills in two to three minutes on two cores; where there is an Apache Kafka, 34 more with brokers among them.
 LARGE = {"max.message.bytes": str(4 << 20)}
 
 
@@ -70,13 +72,22 @@ def apache_home() -> Path:
     return Path(home)
 
 
-def run_on(nodes: list[ApacheNode], directory: Path, num_kills: int, seed: int, compression: str) -> scenario.Outcome:
-    """Starts the brokers, runs a chain on them with all of them among what is killed, and ends them."""
+@contextmanager
+def running(nodes: list[ApacheNode]) -> Iterator[str]:
+    """Starts the brokers and ends them; gives their addresses."""
     try:
         for node in nodes:
             node.start()
         wait_until(lambda: all(node.is_ready for node in nodes), "Apache Kafka is ready")
-        kafka = ",".join(node.bootstrap for node in nodes)
+        yield ",".join(node.bootstrap for node in nodes)
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def run_on(nodes: list[ApacheNode], directory: Path, num_kills: int, seed: int, compression: str) -> scenario.Outcome:
+    """Runs a chain on these brokers, with all of them among what is killed."""
+    with running(nodes) as kafka:
         return scenario.run(
             kafka,
             make_topics(kafka, "chaos-", 2, **{"compression.type": compression}),
@@ -88,15 +99,33 @@ def run_on(nodes: list[ApacheNode], directory: Path, num_kills: int, seed: int, 
             static_members=True,
             brokers=nodes,
         )
-    finally:
-        for node in nodes:
-            node.kill()
 
 
 def test_on_apache_kafka_the_broker_is_killed_too(apache_home: Path, tmp_path: Path) -> None:
-    outcome = run_on([ApacheNode(apache_home, tmp_path / "broker")], tmp_path / "chain", 20, seed=3, compression="zstd")
-    assert_well(outcome, 20)
+    outcome = run_on([ApacheNode(apache_home, tmp_path / "broker")], tmp_path / "chain", 12, seed=3, compression="zstd")
+    assert_well(outcome, 12)
     assert outcome.num_broker_kills
+
+
+def test_on_apache_kafka_too_the_model_of_one_partition_is_that_of_an_undisturbed_run_bit_for_bit(
+    apache_home: Path, tmp_path: Path
+) -> None:
+    nodes = [ApacheNode(apache_home, tmp_path / "broker")]
+    with running(nodes) as kafka:
+        topics, peaceful = make_topics(kafka, "chaos-one-", 1), make_topics(kafka, "chaos-peace-", 1)
+        first, second = scenario.run_and_compare(
+            kafka,
+            topics,
+            peaceful,
+            tmp_path,
+            done=lambda kills, seconds: kills >= 10,
+            mean_seconds=1.6,
+            seed=5,
+            brokers=nodes,
+        )
+    assert_well(first, 10)
+    assert first.num_broker_kills
+    assert second == []
 
 
 def test_on_a_cluster_of_three_the_leaders_are_killed_under_load(apache_home: Path, tmp_path: Path) -> None:
