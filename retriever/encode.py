@@ -16,6 +16,7 @@ import torch
 from msgspec.structs import replace
 
 from trainer.contract import (
+    CHECKSUM_FILE,
     QUERY_TOWER_FILE,
     Manifest,
     covisit_query,
@@ -23,6 +24,7 @@ from trainer.contract import (
     load_manifest,
     model_version_of,
     query_vector,
+    version_checksum,
     version_directory,
 )
 from trainer.towers import QueryTower, TowerConfig, load_query_tower, query_inputs
@@ -136,6 +138,9 @@ def load_version(model_dir: Path, alias: str, collection: str) -> ServedVersion:
         raise VersionError(f"alias {alias!r} points at {collection!r}, which is no version published under that alias")
     directory = version_directory(model_dir, model_version)
     try:
+        checksum = directory / CHECKSUM_FILE
+        if checksum.exists() and checksum.read_text() != version_checksum(directory):
+            raise ValueError(f"{directory} contradicts its checksum")
         manifest = load_manifest(directory)
         config = TowerConfig.from_dict(manifest.towers)
         tower = load_query_tower(directory / QUERY_TOWER_FILE, config)

@@ -156,7 +156,7 @@ class Checkpoints:
                 manifest = _verified(path)
                 if manifest.identity == self._identity:
                     return self._read(path, manifest)
-            except (OSError, ValueError, KeyError, msgspec.DecodeError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, RecursionError, msgspec.DecodeError, SafetensorError) as error:
                 log.warning("checkpoint is torn, trying the one before", checkpoint=str(path), error=str(error))
                 continue
             theirs, ours = _flat(manifest.identity), _flat(self._identity)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import xxhash
 
 DENSE = "dense"
 """Named vector of every item, distance Dot: [item embedding of length 1 ‖ log-frequency dimensions / scale]."""
@@ -106,11 +107,23 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 MANIFEST_FILE = "manifest.json"
 QUERY_TOWER_FILE = "query_tower.safetensors"
+CHECKSUM_FILE = "checksum"
 
 
 def version_directory(model_dir: str | os.PathLike[str], model_version: int) -> Path:
     """Where one model version's Manifest and query tower lie."""
     return Path(model_dir) / f"v{model_version:08d}"
+
+
+def version_checksum(directory: Path) -> str:
+    """xxh3-128 of a version's two files; beside them, in `CHECKSUM_FILE`, unless the version is of an older trainer.
+
+    Raises:
+        OSError: one is missing or cannot be read.
+    """
+    digest = xxhash.xxh3_128((directory / MANIFEST_FILE).read_bytes())
+    digest.update((directory / QUERY_TOWER_FILE).read_bytes())
+    return digest.hexdigest()
 
 
 def load_manifest(directory: Path) -> Manifest:
@@ -121,7 +134,7 @@ def load_manifest(directory: Path) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode((directory / MANIFEST_FILE).read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, RecursionError, msgspec.DecodeError) as error:
         raise ManifestError(f"no Manifest in {directory}: {error}") from error
     if manifest.format != MANIFEST_VERSION:
         raise ManifestError(f"{directory} has Manifest format {manifest.format}; this code reads {MANIFEST_VERSION}")

@@ -14,7 +14,14 @@ from pathlib import Path
 import msgspec
 
 from trainer.checkpoint import sync, sync_directory
-from trainer.contract import MANIFEST_FILE, QUERY_TOWER_FILE, Manifest, version_directory
+from trainer.contract import (
+    CHECKSUM_FILE,
+    MANIFEST_FILE,
+    QUERY_TOWER_FILE,
+    Manifest,
+    version_checksum,
+    version_directory,
+)
 from trainer.towers import QueryTower, save_query_tower
 
 
@@ -43,6 +50,7 @@ class Versions:
         try:
             save_query_tower(aside / QUERY_TOWER_FILE, query_tower)
             (aside / MANIFEST_FILE).write_bytes(msgspec.json.encode(manifest))
+            (aside / CHECKSUM_FILE).write_text(version_checksum(aside))
             sync_directory(aside)
             aside.rename(path)
         except BaseException:

@@ -199,7 +199,11 @@ def assert_same_filter(said: Any, sent: Any) -> None:
 def _reading(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_BODY_BYTES:
         raise Refused("too large")
-    body = read(data)
+    try:
+        # In UTF-8, by the standard; that a body in another encoding, or with a mark, is read too harms nobody.
+        body = read(data.decode(json.detect_encoding(data)).encode())
+    except UnicodeDecodeError as error:
+        raise Refused from error
     defaults = {
         "user_id": None, "history": None, "context": {}, "k": 10, "filter": None, "exclude_seen": True,
         "popularity": 1.0, "with_payload": False, "explain": False, "diversity": 0.0,

@@ -98,6 +98,15 @@ def test_what_was_written_before_is_read_from_the_start(kafka: str, topics: Topi
         assert made.value("followed_click_timestamp_seconds") == 0  # the ingest time in these batches
 
 
+def test_with_a_clock_that_has_jumped_back_before_all_clicks_they_are_all_read(kafka: str, topics: Topics) -> None:
+    produce(kafka, topics.micro_batches, [(0, make_batch([("a", "2")], [["1"]]).encode())])
+    with following(kafka, topics, clock=lambda: -1e9) as made:
+        assert made.follower.caught_up.wait(20)
+        assert made.items_of("a") == hash_ids(["1", "2"]).tolist()
+        produce(kafka, topics.micro_batches, [(0, make_batch([("a", "3")], [["1", "2"]], first_offset=1).encode())])
+        made.wait_for("a", ["1", "2", "3"])
+
+
 def test_an_old_row_that_is_delivered_again_changes_nothing(kafka: str, topics: Topics) -> None:
     old = make_batch([("a", "1")], [[]], first_offset=0)
     new = make_batch([("a", "2")], [["1"]], first_offset=1)

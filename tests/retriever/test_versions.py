@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -16,7 +18,7 @@ from streams.contract import hash_id, hash_ids
 from streamtower.versions import PublishedVersions
 from tests.retriever.published import CONFIG, Published, Publisher
 from tests.retriever.running import Running, wait_until
-from trainer.contract import MANIFEST_FILE, QUERY_TOWER_FILE, version_directory
+from trainer.contract import CHECKSUM_FILE, MANIFEST_FILE, QUERY_TOWER_FILE, version_checksum, version_directory
 from trainer.towers import TowerConfig, build_towers
 
 pytestmark = pytest.mark.index
@@ -119,6 +121,65 @@ def test_a_torn_version_leaves_the_one_before_served(retriever: Running, publish
     manifest.write_bytes(whole)
     retriever.wait_for_version(2)
     assert retriever.http.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, QUERY_TOWER_FILE])
+def test_a_version_with_a_single_wrong_bit_leaves_the_one_before_served(
+    retriever: Running, publisher: Publisher, name: str
+) -> None:
+    publisher.publish(1)
+    retriever.wait_for_version(1)
+    publisher.publish(2, switch=False)
+    directory = version_directory(publisher.model_dir, 2)
+    (directory / CHECKSUM_FILE).write_text(version_checksum(directory))
+    whole = (directory / name).read_bytes()
+    damaged = bytearray(whole)
+    damaged[-20] ^= 1
+    (directory / name).write_bytes(damaged)
+    publisher.switch_to(2)
+    wait_until(lambda: retriever.value("version_load_failures_total") >= 1, "the damage is noticed")
+    assert retriever.ask(history=[])["model_version"] == 1
+    assert "contradicts its checksum" in retriever.http.get("/readyz").json()["detail"]
+    (directory / name).write_bytes(whole)
+    retriever.wait_for_version(2)
+
+
+def test_a_directory_that_cannot_be_read_leaves_the_version_before_served_and_is_told(
+    retriever: Running, publisher: Publisher
+) -> None:
+    publisher.publish(1)
+    retriever.wait_for_version(1)
+    publisher.publish(2, switch=False)
+    directory = version_directory(publisher.model_dir, 2)
+    directory.chmod(0)
+    if is_root := os.geteuid() == 0:  # whom no mode keeps out
+        os.seteuid(65_534)
+    try:
+        publisher.switch_to(2)
+        wait_until(lambda: retriever.value("version_load_failures_total") >= 1, "it is noticed")
+        assert retriever.ask(history=[])["model_version"] == 1
+        problem = retriever.http.get("/readyz").json()
+        assert problem["status"] == 503 and "Permission denied" in problem["detail"]
+    finally:
+        if is_root:
+            os.seteuid(0)
+        directory.chmod(0o755)
+    retriever.wait_for_version(2)
+    assert retriever.http.get("/readyz").status_code == 200
+
+
+def test_a_clock_that_has_jumped_back_hinders_nothing(retriever: Running, publisher: Publisher) -> None:
+    """As seen from the retriever: the version is of the day after tomorrow."""
+    publisher.publish(1, switch=False)
+    path = version_directory(publisher.model_dir, 1) / MANIFEST_FILE
+    manifest = msgspec.json.decode(path.read_bytes()) | {"created_at": time.time() + 2 * 86_400}
+    path.write_bytes(msgspec.json.encode(manifest))
+    publisher.switch_to(1)
+    retriever.wait_for_version(1)
+    assert retriever.ask(history=[])["model_version"] == 1
+    assert retriever.value("staleness_seconds", of="version") == 0
+    publisher.publish(2)
+    retriever.wait_for_version(2)
 
 
 def test_an_alias_on_a_foreign_collection_is_told(retriever: Running, publisher: Publisher) -> None:

@@ -216,6 +216,13 @@ def test_whatever_file_is_damaged_the_checkpoint_before_is_loaded(tmp_path: Path
         assert state is not None and state.progress.step == 1, name
 
 
+def test_a_manifest_nested_too_deep_to_be_read_is_torn(tmp_path: Path) -> None:
+    write(tmp_path, [1, 2])
+    (tmp_path / "c000000000002-000000000001" / "manifest.json").write_bytes(b'{"identity":{"a":' + b"[" * 100_000)
+    state = load(tmp_path)
+    assert state is not None and state.progress.step == 1
+
+
 def test_a_directory_in_which_nothing_is_whole_is_refused(tmp_path: Path) -> None:
     write(tmp_path, [1, 2])
     for path in tmp_path.glob("c*/progress.json"):

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from trainer.contract import ManifestError, load_manifest, version_checksum
+
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
@@ -32,9 +36,17 @@ print(versions.numbers())
 """
 
 
+def test_a_manifest_nested_too_deep_to_be_read_is_no_manifest(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(b'{"towers":{"a":' + b"[" * 100_000)
+    with pytest.raises(ManifestError, match="no Manifest"):
+        load_manifest(tmp_path)
+
+
 def test_a_disk_that_takes_no_more_leaves_the_versions_before_and_nothing_half_written(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, numbers = done.stdout.splitlines()[-2:]
     assert "File too large" in said and numbers == "[1]"
     assert [path.name for path in tmp_path.iterdir()] == ["v00000001"]
+    directory = tmp_path / "v00000001"
+    assert (directory / "checksum").read_text() == version_checksum(directory)
