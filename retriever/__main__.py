@@ -23,6 +23,7 @@ import uvicorn
 import uvloop
 from pydantic import SecretStr
 
+from retriever.arms import Arms
 from retriever.histories import HistoryFollower, HistoryTable
 from retriever.metrics import Metrics
 from retriever.popular import Popular
@@ -71,7 +72,15 @@ async def _serve(settings: RetrieverSettings, listener: socket.socket) -> int:
     key = settings.qdrant_api_key
     client = make_client(settings.qdrant, key.get_secret_value() if key else None, settings.search_timeout_seconds)
     index = Index(client, metrics, hnsw_ef=settings.hnsw_ef, timeout_seconds=settings.search_timeout_seconds)
-    versions = Versions(index, settings.alias, settings.model_dir, metrics)
+    versions = Versions(
+        index,
+        settings.alias,
+        settings.model_dir,
+        metrics,
+        max_age_seconds=settings.version_max_age_seconds,
+        second=settings.second_version,
+    )
+    arms = Arms(settings.second_share_ratio, settings.shadow_ratio)
     popular = Popular(index, settings.fallback_items) if settings.fallback_items else None
     watch = Watch(versions, index, metrics, popular)
     histories = HistoryTable(settings.max_users, settings.history_length)
@@ -103,7 +112,7 @@ async def _serve(settings: RetrieverSettings, listener: socket.socket) -> int:
             return "the users' histories are still being read from Kafka"
         return versions.problem
 
-    app = create_app(settings, Retriever(versions, index, histories, metrics, popular), metrics, not_ready)
+    app = create_app(settings, Retriever(versions, index, histories, metrics, popular, arms), metrics, not_ready)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

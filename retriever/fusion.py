@@ -20,8 +20,12 @@ UInt64Array = npt.NDArray[np.uint64]
 
 MAX_OVERFETCH = 2_000
 """Up to so many seen items are searched for and dropped; more are excluded by Qdrant, which costs it more."""
-MIN_PREFETCH = 500
-"""Least candidates from each vector, where both are searched."""
+DENSE_PREFETCH = 2
+"""Candidates from the dense vector for each one that is wanted, where both are searched."""
+SPARSE_PREFETCH = 2_000
+"""Least candidates from the sparse vector, where both are searched; four for each one that is wanted, if that is more.
+Where no more items than that share something with the history, the answer is exact: any item outside scores by its
+dense vector alone, and is below the best of those."""
 NO_SCORE = -1e6
 """Of a point that the outer dense search lost: none, unless its approximation does."""
 
@@ -94,15 +98,16 @@ def _parts(query: Query, limit: int, narrowed: models.Filter | None, params: mod
     if not query.dense:
         alone = models.Prefetch(query=sparse, using=COVISIT, filter=narrowed, limit=limit)
         return {"prefetch": [alone], "query": models.FormulaQuery(formula=_covisitation(query, "$score[0]"))}
-    each = max(MIN_PREFETCH, 2 * limit)
+    num_dense, num_sparse = DENSE_PREFETCH * limit, max(SPARSE_PREFETCH, 4 * limit)
     best = [
-        models.Prefetch(query=query.dense, filter=narrowed, limit=each, using=DENSE, params=params),
-        models.Prefetch(query=sparse, using=COVISIT, filter=narrowed, limit=each),
+        models.Prefetch(query=query.dense, filter=narrowed, limit=num_dense, using=DENSE, params=params),
+        models.Prefetch(query=sparse, using=COVISIT, filter=narrowed, limit=num_sparse),
     ]
+    union = num_dense + num_sparse
     return {
         "prefetch": [
-            models.Prefetch(prefetch=best, query=query.dense, limit=2 * each, using=DENSE, params=params),
-            models.Prefetch(prefetch=best, query=sparse, using=COVISIT, limit=2 * each),
+            models.Prefetch(prefetch=best, query=query.dense, limit=union, using=DENSE, params=params),
+            models.Prefetch(prefetch=best, query=sparse, using=COVISIT, limit=union),
         ],
         "query": models.FormulaQuery(
             formula=models.SumExpression(sum=["$score[0]", _covisitation(query, "$score[1]")]),

@@ -25,7 +25,9 @@ CODES = ("2xx", "4xx", "5xx")
 STAGES = ("encode", "search", "whole")
 HISTORY_SOURCES = ("request", "followed", "none")
 STALE = ("version", "items")
+ARMS = ("live", "second")
 REFUSALS = ("key", "rate", "overload")
+SHADOWS = ("compared", "failed", "skipped")
 OUTCOMES = ("applied", "old", "rejected")
 REQUEST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 """Edges of the request histogram; the objective stands at .025."""
@@ -44,6 +46,9 @@ class Metrics:
 
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(stem + name, text, registry=registry)
+
+        def gauge_of(name: str, text: str, label: str) -> Gauge:
+            return Gauge(stem + name, text, (label,), registry=registry)
 
         self.requests = counter(
             "requests_total", "HTTP requests answered, by route and class of status code.", "route", "code"
@@ -88,13 +93,37 @@ class Metrics:
             "version_created_timestamp_seconds",
             "When the trainer made the version that is served, in seconds since the epoch; 0 before the first.",
         )
-        self.staleness = Gauge(
-            stem + "staleness_seconds",
+        self.staleness = gauge_of(
+            "staleness_seconds",
             "Age of what is served, now: version = since the trainer made the version; items = since an item of the "
             "live collection was last seen to have changed. Grows while the trainer is away; 0 before the first "
             "version.",
-            ("of",),
+            "of",
+        )
+        self.arm_version = gauge_of(
+            "arm_version", "Number of the version of each arm: the live one, and second_version; 0: not there.", "arm"
+        )
+        self.arm_queries = counter(
+            "arm_queries_total", "Queries answered by each arm; with second_share_ratio an A/B test.", "arm"
+        )
+        self.arm_seconds = Histogram(
+            stem + "arm_seconds",
+            "Seconds of encoding and searching, shadow queries included, by arm; of a batch once.",
+            ("arm",),
+            buckets=REQUEST_SECONDS,
             registry=registry,
+        )
+        self.shadow_candidates = counter(
+            "shadow_candidates_total", "Candidates in the live version's answers to the shadow queries compared."
+        )
+        self.shadow_shared = counter(
+            "shadow_shared_candidates_total",
+            "Those of shadow_candidates_total that second_version gives too; their ratio is the overlap.",
+        )
+        self.shadows = counter(
+            "shadow_queries_total",
+            "Queries given to second_version in the shadow: compared; failed; skipped = too many were under way.",
+            "outcome",
         )
         self.version_switches = counter("version_switches_total", "Times that another version began to be served.")
         self.version_load_failures = counter(
@@ -130,6 +159,11 @@ class Metrics:
             self.request_seconds.labels(stage)
         for source in HISTORY_SOURCES:
             self.queries.labels(source)
+        for arm in ARMS:
+            for metric in (self.arm_version, self.arm_queries, self.arm_seconds):
+                metric.labels(arm)
+        for shadow in SHADOWS:
+            self.shadows.labels(shadow)
         for of in STALE:
             self.staleness.labels(of)
         for reason in REFUSALS:

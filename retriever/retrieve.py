@@ -5,6 +5,7 @@ Station: between `service` (HTTP) and `encode`, `search`, `ranking`, `histories`
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from qdrant_client import models
 
+from retriever.arms import Arm, Arms
 from retriever.contract import (
     Candidate,
     CandidatesAnswer,
@@ -31,13 +33,15 @@ from retriever.histories import HistoryTable
 from retriever.metrics import Metrics
 from retriever.popular import Popular
 from retriever.ranking import diverse, explain, pool_size
-from retriever.search import CollectionGone, Index, IndexUnavailable, vectors_of
+from retriever.search import CollectionGone, Index, IndexUnavailable, SearchError, vectors_of
 from retriever.versions import Versions
 from streams.contract import hash_id, hash_ids
 from trainer.contract import ITEM_ID, STEP
 
 ResultT = TypeVar("ResultT")
 Source = Literal["request", "followed", "none"]
+MAX_SHADOWS = 8
+"""Queries in the shadow that may be under way at once."""
 _NO_ITEMS = np.zeros(0, np.uint64)
 
 
@@ -82,6 +86,14 @@ class _Query:
         )
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request for candidates."""
+
+    request: CandidatesRequest
+    query: _Query
+
+
 class Retriever:
     """Answers queries from the version that is served, with the histories followed so far."""
 
@@ -92,6 +104,7 @@ class Retriever:
         histories: HistoryTable,
         metrics: Metrics,
         popular: Popular | None = None,
+        arms: Arms | None = None,
     ) -> None:
         """
         Args:
@@ -100,12 +113,15 @@ class Retriever:
             histories: what the users clicked last.
             metrics: see there.
             popular: what is answered with while Qdrant is away; None: such requests fail.
+            arms: which users the second version answers, where there is one; None: nobody.
         """
         self._versions = versions
         self._index = index
         self._histories = histories
         self._metrics = metrics
         self._popular = popular
+        self._arms = arms or Arms()
+        self._shadows: set[asyncio.Task[None]] = set()
 
     async def candidates(self, request: CandidatesRequest) -> CandidatesAnswer:
         """The best items for the request.
@@ -122,47 +138,103 @@ class Retriever:
         return await self._candidates(requests, is_measured=False)
 
     async def _candidates(self, requests: Sequence[CandidatesRequest], *, is_measured: bool) -> list[CandidatesAnswer]:
-        queries = [self._query(request) for request in requests]
-
-        async def answer(served: ServedVersion) -> list[CandidatesAnswer]:
-            started = time.perf_counter()
-            encoded = served.encode([query.asked for query in queries])
-            searching = time.perf_counter()
-            searches = [_search_of(*parts) for parts in zip(requests, queries, encoded, strict=True)]
-            found = await self._index.search(served.collection, searches)
-            if is_measured:
-                self._metrics.request_seconds.labels("encode").observe(searching - started)
-                self._metrics.request_seconds.labels("search").observe(time.perf_counter() - searching)
-            return [
-                query.answer(_told(served, request, search, points), served)
-                for request, query, search, points in zip(requests, queries, searches, found, strict=True)
-            ]
-
-        answers = self._fallback(requests, queries) if self._versions.qdrant_is_away else None
+        asked = [_Asked(request, self._query(request)) for request in requests]
+        answers = self._fallback(asked) if self._versions.qdrant_is_away else None
         if answers is None:
             try:
-                answers = await self._with_version(answer)
+                answers = await self._answers_by_arm(asked, is_measured=is_measured)
             except IndexUnavailable:
-                answers = self._fallback(requests, queries)
+                answers = self._fallback(asked)
                 if answers is None:
                     raise
-        for request, query, one in zip(requests, queries, answers, strict=True):
-            self._metrics.queries.labels(query.source).inc()
+        for request, one in zip(requests, answers, strict=True):
+            self._metrics.queries.labels(one.history_source).inc()
             self._metrics.candidates.inc(len(one.candidates))
             if len(one.candidates) < request.k:
                 self._metrics.short_answers.inc()
         return answers
 
-    def _fallback(
-        self, requests: Sequence[CandidatesRequest], queries: Sequence[_Query]
-    ) -> list[CandidatesAnswer] | None:
+    async def _answers_by_arm(self, asked: Sequence[_Asked], *, is_measured: bool) -> list[CandidatesAnswer]:
+        """Each answered by its user's arm; one query to Qdrant for each arm that somebody is of."""
+        of_arm: dict[Arm, list[int]] = {}
+        for place, one in enumerate(asked):
+            arm = "live" if self._versions.second is None else self._arms.arm_of(one.query.asked.user_hash)
+            of_arm.setdefault(arm, []).append(place)
+        answers: dict[int, CandidatesAnswer] = {}
+        for arm, places in of_arm.items():
+            some = [asked[place] for place in places]
+
+            preferred = self._versions.second if arm == "second" else None
+
+            async def work(
+                served: ServedVersion, some: Sequence[_Asked] = some, preferred: ServedVersion | None = preferred
+            ) -> list[CandidatesAnswer]:
+                by: Arm = "live" if preferred is None or served is not preferred else "second"
+                return await self._answer(served, some, by, is_measured=is_measured)
+
+            found = await self._with_version(work, preferred)
+            answers |= dict(zip(places, found, strict=True))
+            if arm == "live" and (second := self._versions.second) is not None:
+                self._shadow(second, [(one, answer) for one, answer in zip(some, found, strict=True)])
+        return [answers[place] for place in range(len(asked))]
+
+    async def _answer(
+        self, served: ServedVersion, asked: Sequence[_Asked], arm: Arm, *, is_measured: bool
+    ) -> list[CandidatesAnswer]:
+        """The answers of one version."""
+        started = time.perf_counter()
+        encoded = served.encode([one.query.asked for one in asked])
+        searching = time.perf_counter()
+        searches = [_search_of(*pair) for pair in zip(asked, encoded, strict=True)]
+        found = await self._index.search(served.collection, searches)
+        ended = time.perf_counter()
+        if is_measured:
+            self._metrics.request_seconds.labels("encode").observe(searching - started)
+            self._metrics.request_seconds.labels("search").observe(ended - searching)
+        self._metrics.arm_queries.labels(arm).inc(len(asked))
+        self._metrics.arm_seconds.labels(arm).observe(ended - started)
+        return [
+            one.query.answer(_told(served, one.request, search, points), served)
+            for one, search, points in zip(asked, searches, found, strict=True)
+        ]
+
+    def _shadow(self, second: ServedVersion, answered: list[tuple[_Asked, CandidatesAnswer]]) -> None:
+        """Has the second version answer too, for those users of whom that is wanted; nobody waits for it."""
+        some = [pair for pair in answered if self._arms.is_shadowed(pair[0].query.asked.user_hash)]
+        if not some:
+            return
+        if len(self._shadows) >= MAX_SHADOWS:
+            self._metrics.shadows.labels("skipped").inc(len(some))
+            return
+        task = asyncio.create_task(self._compare(second, some))
+        self._shadows.add(task)
+        task.add_done_callback(self._shadows.discard)
+
+    async def _compare(self, second: ServedVersion, answered: list[tuple[_Asked, CandidatesAnswer]]) -> None:
+        started = time.perf_counter()
+        try:
+            encoded = second.encode([one.query.asked for one, _ in answered])
+            searches = [_search_of(*pair) for pair in zip([one for one, _ in answered], encoded, strict=True)]
+            found = await self._index.search(second.collection, searches)
+        except SearchError:
+            self._metrics.shadows.labels("failed").inc(len(answered))
+            return
+        self._metrics.arm_seconds.labels("second").observe(time.perf_counter() - started)
+        for (one, answer), search, points in zip(answered, searches, found, strict=True):
+            theirs = {candidate.item_id for candidate in _told(second, one.request, search, points)}
+            shared = sum(candidate.item_id in theirs for candidate in answer.candidates)
+            self._metrics.shadow_candidates.inc(len(answer.candidates))
+            self._metrics.shadow_shared.inc(shared)
+            self._metrics.shadows.labels("compared").inc()
+
+    def _fallback(self, asked: Sequence[_Asked]) -> list[CandidatesAnswer] | None:
         """Popular items for all; None where that is not wanted, nothing is known, or a filter cannot be applied."""
         kept, served = self._popular and self._popular.kept, self._versions.served
-        if not kept or served is None or any(request.filter is not None for request in requests):
+        if not kept or served is None or any(one.request.filter is not None for one in asked):
             return None
-        self._metrics.fallbacks.inc(len(requests))
+        self._metrics.fallbacks.inc(len(asked))
         answers = []
-        for request, query in zip(requests, queries, strict=True):
+        for request, query in ((one.request, one.query) for one in asked):
             search = Search(served.popularity_query(), request.k, query.seen, with_payload=request.with_payload)
             points = [point for point in kept if point.id not in search.excluded][: request.k]
             plain = request.model_copy(update={"diversity": 0.0})
@@ -171,7 +243,7 @@ class Retriever:
 
     async def ready_query(self, request: QueryRequest) -> QueryAnswer:
         """Qdrant's request, ready to be sent. Raises NotReady without a version."""
-        query, served = self._query(request), self._served()
+        query, served = self._query(request), self._known(await self._versions.current())
         (encoded,) = served.encode([query.asked])
         search = Search(encoded, request.k, query.seen, request.filter, request.with_payload)
         body = self._index.ready_request(search).model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -226,7 +298,7 @@ class Retriever:
 
     def version(self) -> VersionAnswer:
         """The version that is served. Raises NotReady without one."""
-        served = self._served()
+        served = self._known(self._versions.served)
         manifest = served.manifest
         return VersionAnswer(
             model_version=manifest.model_version,
@@ -238,20 +310,22 @@ class Retriever:
             context=[feature.name for feature in served.config.context],
         )
 
-    def _served(self) -> ServedVersion:
-        if self._versions.served is None:
+    def _known(self, served: ServedVersion | None) -> ServedVersion:
+        if served is None:
             raise NotReady(self._versions.problem or "no version published yet")
-        return self._versions.served
+        return served
 
-    async def _with_version(self, work: Callable[[ServedVersion], Awaitable[ResultT]]) -> ResultT:
-        """Work on the served version; anew where its collection was removed for a newer one's sake meanwhile."""
-        served = self._served()
+    async def _with_version(
+        self, work: Callable[[ServedVersion], Awaitable[ResultT]], preferred: ServedVersion | None = None
+    ) -> ResultT:
+        """Work on the preferred version, else the served one; anew where its collection was removed meanwhile."""
+        served = preferred or self._known(await self._versions.current())
         while True:
             try:
                 return await work(served)
             except CollectionGone as error:
                 await self._versions.refresh(stale=served)
-                newer = self._served()
+                newer = self._known(self._versions.served)
                 if newer is served:
                     raise IndexUnavailable(f"{served.collection!r} is gone: {self._versions.problem}") from error
                 served = newer
@@ -263,10 +337,11 @@ def _history_of(request: QueryRequest, followed: UInt64Array | None) -> tuple[UI
     return (_NO_ITEMS, "none") if followed is None else (followed, "followed")
 
 
-def _search_of(request: CandidatesRequest, query: _Query, encoded: Query) -> Search:
+def _search_of(asked: _Asked, encoded: Query) -> Search:
+    request = asked.request
     wanted = pool_size(request.k, request.diversity)
     with_vectors = request.explain or request.diversity > 0
-    return Search(encoded, wanted, query.seen, request.filter, request.with_payload, with_vectors)
+    return Search(encoded, wanted, asked.query.seen, request.filter, request.with_payload, with_vectors)
 
 
 def _told(

@@ -47,6 +47,19 @@ class RetrieverSettings(KafkaSettings):
     """Directory of the published versions, shared with the trainer."""
     version_poll_seconds: float = Field(0.5, ge=0.05, le=60)
     """How often the alias is looked up, in seconds."""
+    version_max_age_seconds: float = Field(2.0, ge=0.05, le=3_600)
+    """Longest time since the alias was last looked up at which a request is answered, in seconds; one that comes later
+    looks it up itself. So no answer is of a version that the alias left longer ago; only one that cannot be loaded
+    leaves the one before it served."""
+    second_version: str = Field("", pattern=r"^(|previous|[1-9][0-9]{0,8})$")
+    """A version that is served beside the live one, for comparison: its number, or `previous` for the newest one before
+    the live one; the trainer's keep_versions must keep it. Empty: none. While it is not there, the live one serves."""
+    second_share_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of the users, chosen by a stable hash of their ids, who are answered by second_version (A/B). Requests
+    without a user are answered by the live one."""
+    shadow_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of the other users whose requests are also given to second_version, which nobody waits for: its time and
+    how much of the answer it shares are measured."""
     hnsw_ef: int = Field(512, ge=1, le=65536)
     """Candidates that an HNSW search looks at; more is slower and closer to exact. Without HNSW it is exact."""
     search_timeout_seconds: float = Field(2.0, gt=0, le=60)

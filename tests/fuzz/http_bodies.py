@@ -91,8 +91,12 @@ class Application:
         )  # fmt: skip
         served = ServedVersion("items__v1", manifest, CONFIG, tower.eval().requires_grad_(False))
         metrics = Metrics(CollectorRegistry())
+
+        async def current() -> ServedVersion:
+            return served
+
         self.retriever = Retriever(
-            SimpleNamespace(served=served, problem=None, qdrant_is_away=False),  # type: ignore[arg-type]
+            SimpleNamespace(current=current, second=None, problem=None, qdrant_is_away=False),  # type: ignore[arg-type]
             self.index,  # type: ignore[arg-type]
             HistoryTable(10, 5),
             metrics,

@@ -35,6 +35,7 @@ def settings(wire: Wire, publisher: Publisher) -> RetrieverSettings:
         alias=publisher.alias,
         model_dir=publisher.model_dir,
         version_poll_seconds=0.05,
+        version_max_age_seconds=0.3,
         search_timeout_seconds=1.0,
     )
 

@@ -18,6 +18,7 @@ import uvloop
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from retriever.arms import Arms
 from retriever.histories import HistoryTable
 from retriever.metrics import Metrics
 from retriever.popular import Popular
@@ -50,6 +51,7 @@ class Running:
     metrics: Metrics
     versions: Versions
     app: FastAPI
+    popular: Popular | None
 
     def ask(self, **body: Any) -> dict[str, Any]:
         """The answer to a request for candidates, which must succeed."""
@@ -84,15 +86,23 @@ def running(settings: RetrieverSettings) -> Iterator[Running]:
     async def serve() -> None:
         client = make_client(settings.qdrant, None, settings.search_timeout_seconds)
         index = Index(client, metrics, hnsw_ef=settings.hnsw_ef, timeout_seconds=settings.search_timeout_seconds)
-        versions = Versions(index, settings.alias, settings.model_dir, metrics)
+        versions = Versions(
+            index,
+            settings.alias,
+            settings.model_dir,
+            metrics,
+            max_age_seconds=settings.version_max_age_seconds,
+            second=settings.second_version,
+        )
+        arms = Arms(settings.second_share_ratio, settings.shadow_ratio)
         popular = Popular(index, settings.fallback_items) if settings.fallback_items else None
         watch = Watch(versions, index, metrics, popular)
-        retriever = Retriever(versions, index, table, metrics, popular)
+        retriever = Retriever(versions, index, table, metrics, popular, arms)
         app = create_app(settings, retriever, metrics, lambda: versions.problem)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
         loop = asyncio.get_running_loop()
         ends.append(lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True) and None)
-        made.extend([versions, app])
+        made.extend([versions, app, popular])
 
         following = asyncio.create_task(watch.run(settings.version_poll_seconds))
         started.set()
@@ -110,7 +120,7 @@ def running(settings: RetrieverSettings) -> Iterator[Running]:
         assert started.wait(DEADLINE_SECONDS)
         port = listener.getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http:
-            yield Running(http, table, metrics, made[0], made[1])
+            yield Running(http, table, metrics, *made)
     finally:
         for end in ends:
             end()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import msgspec
@@ -13,11 +15,15 @@ import numpy as np
 import pytest
 from qdrant_client import models
 
-from retriever.encode import Asked, VersionError, load_version
+from retriever.encode import Asked, ServedVersion, VersionError, load_version
+from retriever.metrics import Metrics
+from retriever.search import IndexUnavailable
+from retriever.settings import RetrieverSettings
+from retriever.versions import Versions
 from streams.contract import hash_id, hash_ids
 from streamtower.versions import PublishedVersions
 from tests.retriever.published import CONFIG, Published, Publisher
-from tests.retriever.running import Running, wait_until
+from tests.retriever.running import Running, running, wait_until
 from trainer.contract import CHECKSUM_FILE, MANIFEST_FILE, QUERY_TOWER_FILE, version_checksum, version_directory
 from trainer.towers import TowerConfig, build_towers
 
@@ -64,46 +70,116 @@ def test_a_version_of_another_shape_is_served_too(retriever: Running, publisher:
     np.testing.assert_allclose([c["score"] for c in answer["candidates"]], [s for _, s in expected], rtol=1e-4)
 
 
-def test_no_answer_mixes_two_versions_while_they_switch_under_load(retriever: Running, publisher: Publisher) -> None:
-    """Items have their version in their name, and every score must be its version's own."""
+def test_no_answer_mixes_two_versions_or_is_old_while_they_switch_back_and_forth_under_load(
+    settings: RetrieverSettings, publisher: Publisher
+) -> None:
+    """Items have their version in their name, and every score must be its version's own.
+
+    Each version is published, taken back and switched to again, 21 switches in all; then the one before it is removed
+    at once, though the trainer keeps it: requests in flight lose it. An answer may be of a version that the alias has
+    left, but only for as long as the setting allows.
+    """
+    max_age = settings.version_max_age_seconds
     versions = {1: publisher.publish(1, item_stem="v1")}
-    retriever.wait_for_version(1)
-    answers: list[dict[str, Any]] = []
+    switches = [(time.monotonic(), 1)]
+    answers: list[tuple[float, dict[str, Any]]] = []
     failures: list[str] = []
     stopping = threading.Event()
 
-    def hammer() -> None:
-        with httpx.Client(base_url=retriever.http.base_url, timeout=30, trust_env=False) as http:
-            while not stopping.is_set():
-                answer = http.post("/v1/candidates", json={"history": ["seed"], "k": 5})
-                (answers if answer.status_code == 200 else failures).append(
-                    answer.json() if answer.status_code == 200 else answer.text
-                )
+    def switched_to(number: int) -> None:
+        switches.append((time.monotonic(), number))
+        wait_until(
+            lambda: failures or (answers and answers[-1][1]["model_version"] == number), f"version {number} answers"
+        )
 
-    threads = [threading.Thread(target=hammer) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        wait_until(lambda: answers, "version 1 answers")
-        for number in range(2, 22):
-            versions[number] = publisher.publish(number, item_stem=f"v{number}")
-            publisher.remove(number - 1)  # at once, though the trainer keeps it: requests in flight lose it
-            wait_until(
-                lambda number=number: failures or (answers and answers[-1]["model_version"] == number),
-                f"version {number} answers",
-            )
-    finally:
-        stopping.set()
+    with running(settings) as retriever:
+        retriever.wait_for_version(1)
+
+        def hammer() -> None:
+            with httpx.Client(base_url=retriever.http.base_url, timeout=30, trust_env=False) as http:
+                while not stopping.is_set():
+                    asked_at = time.monotonic()
+                    answer = http.post("/v1/candidates", json={"history": ["seed"], "k": 5})
+                    if answer.status_code == 200:
+                        answers.append((asked_at, answer.json()))
+                    else:
+                        failures.append(answer.text)
+
+        threads = [threading.Thread(target=hammer) for _ in range(3)]
         for thread in threads:
-            thread.join()
+            thread.start()
+        try:
+            wait_until(lambda: answers, "version 1 answers")
+            for number in range(2, 9):
+                versions[number] = publisher.publish(number, item_stem=f"v{number}")
+                switched_to(number)
+                for again in (number - 1, number):
+                    publisher.switch_to(again)
+                    if again == number:
+                        publisher.remove(number - 1)
+                    switched_to(again)
+        finally:
+            stopping.set()
+            for thread in threads:
+                thread.join()
+        assert retriever.value("version_switches_total") == 21
     assert not failures
-    assert {answer["model_version"] for answer in answers} == set(versions)
+    assert {answer["model_version"] for _, answer in answers} == set(versions)
     expected = {number: version.best(5, history=["seed"]) for number, version in versions.items()}
-    for answer in answers:
+    for asked_at, answer in answers:
         best = expected[answer["model_version"]]
         assert [c["item_id"] for c in answer["candidates"]] == [item for item, _ in best]
         np.testing.assert_allclose([c["score"] for c in answer["candidates"]], [s for _, s in best], rtol=1e-4)
-    assert retriever.value("version_switches_total") == 20
+        first = max(place for place, (at, _) in enumerate(switches) if at <= max(asked_at - max_age, switches[0][0]))
+        assert answer["model_version"] in {number for _, number in switches[first:]}
+
+
+class Aliases:
+    """An index that knows nothing but where the alias points; a clock beside it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.lookups = 0
+        self.is_away = False
+
+    async def collection_of(self, alias: str) -> str | None:
+        self.lookups += 1
+        if self.is_away:
+            raise IndexUnavailable("away")
+        return None
+
+
+def test_a_request_that_comes_long_after_the_last_look_up_looks_itself_and_only_one_of_many(tmp_path: Path) -> None:
+    aliases = Aliases()
+    versions = Versions(
+        aliases,
+        "items",
+        tmp_path,
+        Metrics(),
+        max_age_seconds=2.0,
+        rising=lambda: aliases.now,  # type: ignore[arg-type]
+    )
+
+    async def none() -> ServedVersion | None:
+        return await versions.current()
+
+    assert asyncio.run(none()) is None and aliases.lookups == 0, "before the first version only the watch looks"
+    versions.served = cast(ServedVersion, object())
+
+    async def many() -> None:
+        await asyncio.gather(*[versions.current() for _ in range(10)])
+
+    asyncio.run(many())
+    assert aliases.lookups == 1
+    aliases.now = 2.0
+    asyncio.run(many())
+    assert aliases.lookups == 1
+    aliases.now = 2.1
+    asyncio.run(many())
+    assert aliases.lookups == 2
+    aliases.now, aliases.is_away = 5.0, True
+    with pytest.raises(IndexUnavailable, match="away"):
+        asyncio.run(many())
 
 
 def test_a_torn_version_leaves_the_one_before_served(retriever: Running, publisher: Publisher) -> None:
