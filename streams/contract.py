@@ -20,6 +20,11 @@ import xxhash
 HASH_SEED = 0x5EED
 """Seed of every id's 64-bit hash. Part of the contract: Qdrant point ids and embedding rows depend on it."""
 
+CANARY_ID = "streamtower-canary"
+"""User id and item id of the clicks that only measure the way: they pass through everything and are learnt nowhere."""
+CANARY_HASH = 15_760_794_448_242_869_712
+"""`hash_id` of it."""
+
 MICRO_BATCH_VERSION = 1
 """Version of the micro-batch's layout. Readers accept any version whose required columns are there."""
 
@@ -189,6 +194,36 @@ class MicroBatch:
             ingest_time=self.ingest_time[start:stop],
             sampling_probability=self.sampling_probability[start:stop],
             context={name: column[start:stop] for name, column in self.context.items()},
+        )
+
+    @property
+    def is_canary(self) -> npt.NDArray[np.bool_]:
+        """bool [n] which rows only measure the way."""
+        is_canary: npt.NDArray[np.bool_] = (self.item_hash == CANARY_HASH) | (self.user_hash == CANARY_HASH)
+        return is_canary
+
+    def take(self, rows: Int64Array) -> MicroBatch:
+        """These rows, rising; the source offsets that it stands for stay the same."""
+        lengths = np.diff(self.history_offsets)[rows]
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        places = np.repeat(self.history_offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        picked = pa.array(rows)
+        return MicroBatch(
+            partition=self.partition,
+            first_offset=self.first_offset,
+            next_offset=self.next_offset,
+            offset=self.offset[rows],
+            user_id=self.user_id.take(picked),
+            item_id=self.item_id.take(picked),
+            user_hash=self.user_hash[rows],
+            item_hash=self.item_hash[rows],
+            history_values=self.history_values[places],
+            history_offsets=offsets,
+            reward=self.reward[rows],
+            event_time=self.event_time[rows],
+            ingest_time=self.ingest_time[rows],
+            sampling_probability=self.sampling_probability[rows],
+            context={name: column.take(picked) for name, column in self.context.items()},
         )
 
     def from_offset(self, offset: int) -> MicroBatch | None:

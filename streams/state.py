@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from streams.contract import Float32Array, Int64Array, UInt64Array
+from streams.contract import CANARY_HASH, Float32Array, Int64Array, UInt64Array
 from streams.drift import DriftTracker
 from streams.duplicates import EventWindow
 from streams.frequency import EstimatorMode, GapEstimator
@@ -88,6 +88,8 @@ class PartitionState:
     def learn(self, clicks: Clicks, next_offset: int) -> Learnt:
         """Takes the accepted clicks among the offsets self.next_offset … next_offset − 1 into the state.
 
+        Canaries are passed over: they have no history, and probability 1.
+
         Raises:
             ValueError: clicks that do not follow upon the state; nothing was changed then.
         """
@@ -99,6 +101,17 @@ class PartitionState:
                 f"clicks of {clicks.offset[:1]} … {clicks.offset[-1:]}, up to {next_offset}, do not follow upon a "
                 f"state that is at offset {first_offset}"
             )
+        is_canary = (clicks.item_hash == CANARY_HASH) | (clicks.user_hash == CANARY_HASH)
+        if not is_canary.any():
+            return self._learn(clicks, next_offset)
+        learnt = self._learn(clicks.take(np.flatnonzero(~is_canary)), next_offset)
+        lengths = np.zeros(len(clicks), np.int64)
+        lengths[~is_canary] = np.diff(learnt.history_offsets)
+        sampling_probability = np.ones(len(clicks), np.float32)
+        sampling_probability[~is_canary] = learnt.sampling_probability
+        return Learnt(learnt.history_values, np.concatenate(([0], np.cumsum(lengths))), sampling_probability)
+
+    def _learn(self, clicks: Clicks, next_offset: int) -> Learnt:
         history_values, history_offsets = self.histories.join(clicks.user_hash, clicks.item_hash)
         self.estimator.update(clicks.item_hash)
         self.drift.update(clicks.item_hash)

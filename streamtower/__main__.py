@@ -1,4 +1,5 @@
-"""The command line: `streamtower dead-letters | demo | evaluate | produce | query | replay | topics | versions`.
+"""The command line: `streamtower canary | dead-letters | demo | evaluate | produce | query | replay | topics |
+versions`.
 
 Station: the front door. Each command reads its options, calls one module, and turns what went wrong into a line on
 stderr and an exit code. Modules that load much are imported by the command that needs them.
@@ -17,6 +18,7 @@ import typer
 from rich.console import Console
 
 from streams.contract import Topics
+from streamtower.canary_command import canary
 from streamtower.connection import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
@@ -50,6 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(canary)
 app.command()(evaluate)
 app.command()(replay)
 app.add_typer(dead_letters, name="dead-letters")

@@ -90,6 +90,21 @@ def create_topics(
     return {name: name in missing for name in wanted}
 
 
+def num_partitions(config: Mapping[str, Any], topic: str, timeout_seconds: float = 10.0) -> int:
+    """Of a topic that is there.
+
+    Raises:
+        BrokerAwayError: nobody answers within the timeout.
+        TopicsError: there is no such topic.
+    """
+    there = _partitions(
+        AdminClient(dict(config) | {"log_level": 2}), str(config.get("bootstrap.servers")), timeout_seconds
+    )
+    if topic not in there:
+        raise TopicsError(f"there is no topic {topic!r}; streamtower topics makes it")
+    return there[topic][0]
+
+
 def require_broker(config: Mapping[str, Any], timeout_seconds: float = 10.0) -> None:
     """
     Raises:

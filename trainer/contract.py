@@ -23,6 +23,8 @@ ITEM_ID = "item_id"
 """Payload key: the caller's item id."""
 STEP = "step"
 """Payload key: the trainer's step that the vector is from; a delta overwrites only smaller ones."""
+EVENT_TIME = "event_time"
+"""Payload key of the canary's point alone: event time of the newest canary click that is behind it."""
 
 MANIFEST_VERSION = 1
 

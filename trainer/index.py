@@ -25,9 +25,9 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from streams.contract import Float32Array, Float64Array, UInt64Array
+from streams.contract import CANARY_HASH, CANARY_ID, Float32Array, Float64Array, UInt64Array
 from trainer.aliases import Named, named_by, switch, versions_in
-from trainer.contract import COVISIT, DENSE, ITEM_ID, STEP, collection_name
+from trainer.contract import COVISIT, DENSE, EVENT_TIME, ITEM_ID, STEP, collection_name
 from trainer.covisit import SparseVectors
 
 FIRST_PAUSE_SECONDS = 0.25
@@ -161,6 +161,14 @@ class Index:
         # The client passes bytes on as they are; its own models would take ten times as long to build and write.
         upsert: Callable[..., Any] = self._client.http.points_api.upsert_points
         self._call(lambda: upsert(collection_name=name, wait=True, point_insert_operations=body))
+
+    def tell_canary(self, version: int, event_time: float, step: int) -> None:
+        """Writes the canary's point: it has no vectors, so that no search by vectors ever finds it."""
+        payload = {ITEM_ID: CANARY_ID, STEP: step, EVENT_TIME: event_time}
+        point = models.PointStruct(id=CANARY_HASH, vector={}, payload=payload)
+        older = models.Filter(must=[models.FieldCondition(key=EVENT_TIME, range=models.Range(lt=event_time))])
+        name = collection_name(self.alias, version)
+        self._call(lambda: self._client.upsert(name, [point], wait=True, update_filter=older))
 
     def delete(self, version: int, item_hash: UInt64Array, step: int) -> None:
         """Deletes those of the points that are of this step or before."""

@@ -87,6 +87,9 @@ class Loop:
     def _learn_rows(self, batch: MicroBatch) -> None:
         progress = self.progress
         progress.step += 1
+        if (learnable := self.publisher.without_canary(batch)) is None:
+            return
+        batch = learnable
         try:
             result = self.model.learn(batch, progress.step, self.metrics.stage).result
         except NonFiniteError as error:

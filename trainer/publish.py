@@ -34,15 +34,14 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import structlog
 
-from streams.contract import Float32Array, Int64Array, UInt64Array
+from streams.contract import Float32Array, Int64Array, MicroBatch, UInt64Array
 from trainer.aliases import Named
-from trainer.contract import Manifest, PrequentialScore, collection_name
-from trainer.covisit import SMOOTHING
+from trainer.contract import Manifest
 from trainer.freshness import Freshness
 from trainer.index import (
     CanaryError,
@@ -53,6 +52,7 @@ from trainer.index import (
     PublishStoppedError,
     joined_vectors,
 )
+from trainer.manifests import manifest_of
 from trainer.metrics import Metrics
 from trainer.model import Model
 from trainer.progress import Progress
@@ -111,6 +111,10 @@ class Publisher:
         self._turn: Turn | None = None
         """Of the delta that is under way."""
         self._num_left = 0
+        self._canary: float | None = None
+        """Event time of the newest canary, seconds since the epoch."""
+        self._canary_told: float | None = None
+        """That of the canary that the live version tells of."""
         self._newest_gone, self._sweep_until = -1, -math.inf
         self._staleness = Staleness(model, rollout.index, self._settings, metrics)
         self._served: Served | None = None
@@ -125,6 +129,13 @@ class Publisher:
         self._look_due = self._delta_due = self._full_due = self._full_started = -math.inf
         self._num_full = 0
         self._failures = {"delta": 0, "full": 0}
+
+    def without_canary(self, batch: MicroBatch) -> MicroBatch | None:
+        """The rows that are to be learnt; the next delta tells of those that only measure the way. None: no others."""
+        if not (is_canary := batch.is_canary).any():
+            return batch
+        self._canary = float(batch.event_time[is_canary].max())
+        return None if is_canary.all() else batch.take(np.flatnonzero(~is_canary))
 
     def advance(self) -> None:
         """Takes up what has finished and begins what is due. Never waits; raises only what is a bug."""
@@ -148,9 +159,12 @@ class Publisher:
             if newest_gone > self._newest_gone:
                 self._newest_gone, self._sweep_until = newest_gone, now + SWEEP_SECONDS
             sweeps = self._catalogue.gone and now < self._sweep_until
-            if self._progress.step > self.published_step or self._num_left or sweeps:
+            canary = self._canary != self._canary_told
+            if self._progress.step > self.published_step or self._num_left or sweeps or canary:
                 self._turn = take_turn(self._catalogue, self._progress.step, self._rate.limit)
                 version, delta = self.live, self._take_delta(self.live, self._turn.rows, self._turn.num_new)
+                if canary:
+                    delta, self._canary_told = replace(delta, canary=self._canary), self._canary
                 self._report(len(self._turn.rows) + len(self._turn.left))
                 self._delta = start_job(lambda: self._rollout.publish_delta(version, delta))
         if self._served is not None and self._staleness.advance(now, self._served, self._manifest):
@@ -170,6 +184,7 @@ class Publisher:
         """Whether the live version has all that is known, and nothing is under way."""
         under_way = any(part is not None for part in (self._fill, self._filled, self._switch, self._delta))
         has_all = self.published_step >= self._progress.step and not self._num_left
+        has_all &= self._canary == self._canary_told
         return self.live is not None and not under_way and has_all
 
     def close(self) -> None:
@@ -206,55 +221,9 @@ class Publisher:
 
     def _manifest(self) -> Manifest:
         """Of the version that a copy taken now would be."""
-        config, settings, number = self._learner.config, self._settings, self._progress.model_version + 1
-        return Manifest(
-            model_version=number,
-            collection=collection_name(self._rollout.index.alias, number),
-            embedding_dim=config.embedding_dim,
-            **self._weights(),
-            popularity_scale=settings.popularity_scale,
-            temperature=config.temperature,
-            towers=config.to_dict(),
-            num_items=self._catalogue.num_items,
-            step=self._learner.num_steps,
-            source_offsets=dict(self._progress.learnt),
-            settings_hash=settings.settings_hash,
-            created_at=self._rollout.clock(),
-            prequential=self._prequential(),
+        return manifest_of(
+            self._model, self._progress, self._settings, self._rollout.index.alias, self._rollout.clock()
         )
-
-    def _prequential(self) -> PrequentialScore | None:
-        if self._model.evaluation is None or not self._model.evaluation.num_evaluated:
-            return None
-        ranks = self._model.evaluation.window()
-        return PrequentialScore(
-            clicks=len(ranks.rank),
-            recall_at_10=ranks.recall(10),
-            recall_at_100=ranks.recall(100),
-            popularity_recall_at_10=ranks.popularity_recall(10),
-            popularity_recall_at_100=ranks.popularity_recall(100),
-        )
-
-    def _weights(self) -> dict[str, Any]:
-        """The weights of the served score, as the Manifest has them."""
-        score, covisit = self._model.score, self._model.covisit
-        at_mean, slopes = score.weights.T.tolist()
-        weights: dict[str, Any] = {
-            "popularity_dims": len(at_mean) - 2,
-            "popularity_weights": at_mean[1:-1],
-            "popularity_slopes": slopes[1:-1],
-            "embedding_weight": at_mean[0],
-            "embedding_slope": slopes[0],
-            "history_length": self._learner.config.history_length,
-        }
-        if covisit is not None:
-            weights |= {
-                "covisit_weight": at_mean[-1],
-                "covisit_slope": slopes[-1],
-                "covisit_scale": score.covisit_scale / SMOOTHING,
-                "covisit_decay": covisit.history_decay,
-            }
-        return weights
 
     def _take_catch_up(self, version: Version) -> Delta:
         """All that was touched since the copy of a version that is not live yet."""
@@ -296,6 +265,7 @@ class Publisher:
                 self._acknowledged(done, "delta", turn.left)
             else:
                 give_back(self._catalogue, turn)
+                self._canary_told = None
         if self._fill is not None and self._fill.done():
             fill, self._fill = self._fill, None
             if filled := self._result(fill, "full", now):
@@ -324,6 +294,8 @@ class Publisher:
 
     def _went_live(self, filled: Filled, done: Done, now: float) -> None:
         version = self.live = filled.version
+        if self._canary is not None:
+            self._canary_told, self._delta_due = None, now
         self._served = done.served
         self._full_took = now - self._full_started
         self._catalogue.forget_gone(version.step)

@@ -122,6 +122,8 @@ class Delta:
     num_new: int
     """The first so many points are not in the version yet; the others are, and are written nowhere else."""
     gone: UInt64Array
+    canary: float | None = None
+    """Event time of the newest canary, seconds since the epoch."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,8 @@ class Rollout:
             self.index.upsert(number, batch, delta.step)
         for batch in delta.points.part(slice(delta.num_new, len(delta.points))).batches(size):
             self.index.upsert(number, batch, delta.step, only_known=True)
+        if delta.canary is not None:  # last, so that it tells of the whole delta
+            self.index.tell_canary(number, delta.canary, delta.step)
 
     def _invent(
         self, version: Version, manifest: Manifest, query_tower: QueryTower, item_hash: UInt64Array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.contract import MICRO_BATCH_VERSION, ContractError, MicroBatch
+from streams.contract import CANARY_HASH, CANARY_ID, MICRO_BATCH_VERSION, ContractError, MicroBatch, hash_id
 from tests.contract.batches import FIXED, assert_same, micro_batches
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,6 +39,31 @@ def test_a_part_of_a_micro_batch_is_a_micro_batch(batch: MicroBatch, data: st.Da
     assert part.offset.tolist() == batch.offset[start:stop].tolist()
     for row in range(len(part)):
         assert part.history(row).tolist() == batch.history(start + row).tolist()
+
+
+@settings(deadline=None)
+@given(micro_batches(), st.data())
+def test_some_rows_of_a_micro_batch_stand_for_all_its_offsets(batch: MicroBatch, data: st.DataObject) -> None:
+    rows = data.draw(st.sets(st.integers(0, len(batch) - 1)) if len(batch) else st.just(set()))
+    part = batch.take(np.array(sorted(rows), np.int64))
+    assert_same(MicroBatch.decode(part.encode()), part)
+    assert (part.first_offset, part.next_offset) == (batch.first_offset, batch.next_offset)
+    for name in ("user_id", "item_id", "reward", "event_time", "offset"):
+        assert getattr(part, name).tolist() == [getattr(batch, name).tolist()[row] for row in sorted(rows)]
+    for place, row in enumerate(sorted(rows)):
+        assert part.history(place).tolist() == batch.history(row).tolist()
+        assert {name: column[place] for name, column in part.context.items()} == {
+            name: column[row] for name, column in batch.context.items()
+        }
+
+
+def test_canaries_are_told_by_user_and_by_item() -> None:
+    assert hash_id(CANARY_ID) == CANARY_HASH
+    assert not FIXED.is_canary.any()
+    hashes = FIXED.user_hash.copy()
+    hashes[1] = CANARY_HASH
+    assert replace(FIXED, user_hash=hashes).is_canary.tolist() == [False, True, False]
+    assert replace(FIXED, item_hash=hashes).is_canary.tolist() == [False, True, False]
 
 
 @settings(deadline=None)

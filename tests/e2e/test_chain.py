@@ -193,6 +193,22 @@ def test_any_qdrant_client_with_the_query_gets_the_same_candidates(chain: Chain)
     assert [p.score for p in found] == pytest.approx([c["score"] for c in answer["candidates"]], abs=1e-4)
 
 
+def test_a_canary_measures_the_whole_way_from_outside_and_leaves_no_trace(chain: Chain) -> None:
+    servers = chain.stack.servers
+    command = [sys.executable, "-m", "streamtower", "canary", "--count", "3", "--every", "0.1", "--json"]
+    where = ["--kafka", chain.stack.kafka, "--topic-prefix", servers.topic_prefix]
+    where += ["--qdrant", chain.stack.qdrant, "--alias", servers.alias]
+    known = chain.candidates(history=["item-1"], k=1_000, exclude_seen=False)["candidates"]
+    done = subprocess.run([*command, *where], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    probes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [probe["partition"] for probe in probes] in ([0, 1, 0], [0, 0, 0])
+    assert all(0 < probe["seconds"] < 60 for probe in probes)
+    chain.wait_learnt()  # as many as without the canaries
+    found = chain.candidates(history=["item-1"], k=1_000, exclude_seen=False)["candidates"]
+    assert {candidate["item_id"] for candidate in found} == {candidate["item_id"] for candidate in known}
+
+
 def test_the_lines_that_the_demo_shows_work_as_they_are(chain: Chain) -> None:
     wait_until(lambda: chain.history("user-5"), "the history is followed")
     lines = lines_for(chain.stack.retriever, chain.stack.qdrant, chain.stack.servers.alias, "user-5", "item-7")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streams.contract import CANARY_ID, ClickEvent, encode_event
 from streams.state import PartitionState, StateConfig
 from streams.validate import Clicks, validate
 from tests.streams.stand_ins import random_clicks
@@ -71,3 +72,29 @@ def test_offsets_without_clicks_only_move_the_offset() -> None:
     state = PartitionState(SMALL)
     state.learn(clicks_of(0), 12)
     assert (state.next_offset, state.estimator.step, len(state.histories)) == (12, 0, 0)
+
+
+@given(st.sets(st.integers(0, 119)), st.sets(st.integers(1, 119)))
+def test_canaries_leave_no_trace_in_the_state_and_none_in_what_others_are_told(
+    places: set[int], cuts: set[int]
+) -> None:
+    values = random_clicks(120, 3)
+    with_canaries = [
+        encode_event(ClickEvent(CANARY_ID, CANARY_ID, 1.0)) if n in places else value for n, value in enumerate(values)
+    ]
+    clicks, _ = validate(values, np.arange(120), np.zeros(120))
+    mixed, _ = validate(with_canaries, np.arange(120), np.zeros(120))
+    others = np.array([n for n in range(120) if n not in places], np.int64)
+    state, without = PartitionState(SMALL), PartitionState(SMALL)
+    for low, high in zip([0, *sorted(cuts)], [*sorted(cuts), 120], strict=True):
+        learnt = state.learn(mixed.rows(low, high), high)
+        rows = others[(others >= low) & (others < high)]
+        wanted = without.learn(clicks.take(rows), high)
+        lengths = np.diff(learnt.history_offsets)
+        assert len(lengths) == high - low
+        np.testing.assert_array_equal(lengths[rows - low], np.diff(wanted.history_offsets))
+        np.testing.assert_array_equal(learnt.history_values, wanted.history_values)
+        np.testing.assert_array_equal(learnt.sampling_probability[rows - low], wanted.sampling_probability)
+        canaries = np.setdiff1d(np.arange(high - low), rows - low)
+        assert (lengths[canaries] == 0).all() and (learnt.sampling_probability[canaries] == 1).all()
+    assert_equal_states(state, without)

@@ -17,6 +17,7 @@ import pytest
 from streams.contract import Topics
 
 COMMANDS = (
+    "canary",
     "dead-letters list",
     "dead-letters replay",
     "demo",

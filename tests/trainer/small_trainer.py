@@ -47,6 +47,9 @@ class SilentPublisher:
         self.freshness = Freshness(metrics)
         self.num_advances = 0
 
+    def without_canary(self, batch: MicroBatch) -> MicroBatch | None:
+        return batch
+
     def advance(self) -> None:
         self.num_advances += 1
 

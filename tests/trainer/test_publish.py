@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from qdrant_client import models
 
-from streams.contract import hash_id, hash_ids
+from streams.contract import CANARY_HASH, CANARY_ID, MicroBatch, hash_id, hash_ids
 from tests.fixtures.strict_qdrant import StrictQdrant
 from tests.trainer.gate import Gate
 from tests.trainer.publishing import DEADLINE_SECONDS, SETTINGS, Publishing, publishings
 from tests.trainer.small_trainer import CONFIG, TRAINING
+from tests.trainer.streams_of_clicks import micro_batch
 from trainer.aliases import Named, switch
 from trainer.contract import (
     COVISIT,
@@ -215,6 +216,36 @@ def test_more_than_fits_the_interval_goes_out_in_turns_and_all_of_it_is_measured
     assert publishing.value("servable_stage_seconds_count", stage="publish") == 51
     assert publishing.value("unservable_click_timestamp_seconds") == publishing.value("items_unpublished") == 0
     assert publishing.live == 1 and publishing.points().keys() == {f"i{n}" for n in range(40)} | {"new"}
+
+
+def canary_batch(event_time: float, *item_ids: str) -> MicroBatch:
+    """A click of the canary, then clicks on these items."""
+    return replace(micro_batch([CANARY_ID, *item_ids]), event_time=np.array([event_time, *[2.0] * len(item_ids)]))
+
+
+def test_a_canary_is_told_by_the_next_delta_and_found_by_no_search(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click("a", "b")
+    publishing.settle()
+    rest = publishing.publisher.without_canary(canary_batch(1_700.25, "x", "y"))
+    assert rest is not None and rest.item_id.to_pylist() == ["x", "y"]
+    assert publishing.publisher.without_canary(rest) is rest
+    publishing.progress.step += 1
+    publishing.settle()
+    point = publishing.points()[CANARY_ID]
+    assert (point.id, point.vector or {}) == (CANARY_HASH, {})
+    assert point.payload == {"item_id": CANARY_ID, "step": 2, "event_time": 1_700.25}
+    hits = publishing.client.query_points(publishing.alias, query=[0.1] * 10, using=DENSE, limit=10).points
+    assert sorted((hit.payload or {})["item_id"] for hit in hits) == ["a", "b"]
+    before = len(publishing.catalogue)
+    assert publishing.publisher.without_canary(canary_batch(1_900.5)) is None
+    publishing.settle()
+    assert (publishing.points()[CANARY_ID].payload or {})["event_time"] == 1_900.5
+    publishing.renew()  # its count is right, and what was told is told again
+    publishing.settle()
+    assert (publishing.points()[CANARY_ID].payload or {})["event_time"] == 1_900.5
+    assert len(publishing.catalogue) == before == 2
+    assert load_manifest(version_directory(publishing.model_dir, 2)).num_items == 2
 
 
 def test_popularity_of_touched_and_untouched_items_stays_comparable(new: Callable[..., Publishing]) -> None:

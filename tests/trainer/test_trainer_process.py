@@ -19,7 +19,7 @@ import pytest
 from confluent_kafka import Producer
 from qdrant_client import QdrantClient
 
-from streams.contract import ItemEvent, MicroBatch, Topics, encode_event
+from streams.contract import CANARY_HASH, CANARY_ID, ItemEvent, MicroBatch, Topics, encode_event
 from streams.service import EXIT_BUG, EXIT_CONFIGURATION, EXIT_DEPENDENCY, load_settings
 from tests.fixtures.kafka import create_topics
 from tests.trainer.streams_of_clicks import micro_batch
@@ -253,6 +253,22 @@ def test_killed_while_it_publishes_it_leaves_the_served_version_and_cleans_up_at
     wait_for(lambda: running.metric("index_version") > unfinished)
     assert unfinished not in bench.versions() and len(bench.served()) == 20 * ROWS
     assert running.end() == 0
+
+
+def test_canaries_are_shown_and_learnt_nowhere(bench: Bench) -> None:
+    running = bench.start()
+    running.wait_ready()
+    bench.send(unique_clicks(0, 0))
+    canary = micro_batch([CANARY_ID] * ROWS, first_offset=ROWS, ingest_time=time.time())
+    bench.send(dataclasses.replace(canary, event_time=np.full(ROWS, 77.5)))
+    bench.send(unique_clicks(2, 0))
+    wait_for(lambda: len(bench.served()) == 2 * ROWS + 1)
+    (point,) = bench.client.retrieve(bench.alias, [CANARY_HASH])
+    assert point.payload is not None and point.payload["event_time"] == 77.5
+    assert running.end() == 0
+    state = bench.checkpoint()
+    assert state.progress.learnt == {0: 3 * ROWS} and state.progress.clicks_learnt == 2 * ROWS
+    assert CANARY_ID not in state.model["catalogue.item_id"]
 
 
 def test_a_record_that_breaks_the_contract_ends_it_as_a_bug(bench: Bench) -> None:
