@@ -102,6 +102,7 @@ async def _serve(settings: RetrieverSettings, listener: socket.socket) -> int:
         kafka_config=settings.confluent_config(),
         topic=Topics(settings.topic_prefix).micro_batches,
         lookback_seconds=settings.history_lookback_seconds,
+        max_micro_batches=settings.history_max_micro_batches,
         partition_refresh_seconds=settings.partition_refresh_seconds,
         on_crash=lambda error: loop.call_soon_threadsafe(crash, error),
     )

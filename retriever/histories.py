@@ -3,7 +3,8 @@
 Station: beside the data's way, between streams and `encode`: a click counts for its user seconds later, though the
 towers have not learnt it yet. It only reads: no offset is committed, and a record that breaks the contract is counted
 and passed over. The history that a row carries is complete, so each user's last row of a micro-batch is all that is
-looked at, and there is no state to restore.
+looked at, and there is no state to save: at start the newest micro-batches are read, so many and no older than the
+settings say, and whoever clicked in them is known as before.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class HistoryFollower:
         kafka_config: dict[str, Any],
         topic: str,
         lookback_seconds: float,
+        max_micro_batches: int,
         partition_refresh_seconds: float,
         on_crash: Callable[[BaseException], object],
         clock: Callable[[], float] = time.time,
@@ -102,6 +104,7 @@ class HistoryFollower:
         self._config = kafka_config
         self._topic = topic
         self._lookback_seconds = lookback_seconds
+        self._max_micro_batches = max_micro_batches
         self._partition_refresh_seconds = partition_refresh_seconds
         self._on_crash = on_crash
         self._clock = clock
@@ -178,7 +181,8 @@ class HistoryFollower:
             self._measure(consumer)
 
     def _refresh_partitions(self, consumer: Consumer) -> None:
-        """Assigns partitions that were not there before: at first from the lookback on, later ones from their start."""
+        """Assigns partitions that were not there before: at first from the lookback on, later ones from their start;
+        in any case their newest micro-batches alone."""
         try:
             topic = consumer.list_topics(self._topic, timeout=_REQUEST_SECONDS).topics.get(self._topic)
             if topic is None or topic.error:
@@ -197,7 +201,8 @@ class HistoryFollower:
             self._say_up(True)
 
     def _positions_at(self, consumer: Consumer, partitions: list[int], since: float) -> dict[int, int]:
-        """Offset of the first record at or after `since` (seconds since the epoch) in each partition, else its end."""
+        """Offset of the first record at or after `since` (seconds since the epoch) in each partition, else its end;
+        `max_micro_batches` before its end at the earliest."""
         wanted = [TopicPartition(self._topic, partition, round(1000 * since)) for partition in partitions]
         # The ends come first: a record that is written between the two questions must not be passed over.
         bounds = {entry.partition: consumer.get_watermark_offsets(entry, timeout=_REQUEST_SECONDS) for entry in wanted}
@@ -206,7 +211,8 @@ class HistoryFollower:
             if found.error:
                 raise KafkaException(found.error)
             low, end = bounds[found.partition]
-            positions[found.partition] = max(low, found.offset) if found.offset >= 0 else end
+            first = found.offset if found.offset >= 0 else end
+            positions[found.partition] = max(low, first, end - self._max_micro_batches)
         return positions
 
     def _take(self, message: Message) -> None:

@@ -82,6 +82,9 @@ class RetrieverSettings(KafkaSettings):
     """Users whose history is kept, those who clicked last; about 400 bytes each."""
     history_lookback_seconds: float = Field(604_800, ge=0)
     """How far back micro-batches are read at start, in seconds; who has not clicked since begins without history."""
+    history_max_micro_batches: int = Field(5_000, ge=1, le=100_000_000)
+    """Newest micro-batches of each partition read at start at most, whatever the lookback: it bounds how long a restart
+    takes. Each row has its user's whole history; who clicked in none of them begins without."""
     history_wait_seconds: float = Field(30.0, ge=0, le=3_600)
     """Longest time at start that /readyz waits for the histories to be caught up, in seconds."""
     partition_refresh_seconds: float = Field(5.0, ge=0.1, le=3_600)

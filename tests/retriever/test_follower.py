@@ -34,7 +34,14 @@ def produce(
 class Following:
     """A follower with its table and metrics."""
 
-    def __init__(self, kafka: str, topics: Topics, lookback_seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        kafka: str,
+        topics: Topics,
+        lookback_seconds: float,
+        clock: Callable[[], float],
+        max_micro_batches: int = 1_000,
+    ) -> None:
         self.table = HistoryTable(max_users=1_000, history_length=5)
         self.metrics = Metrics()
         self.crashes: list[BaseException] = []
@@ -44,6 +51,7 @@ class Following:
             kafka_config={"bootstrap.servers": kafka},
             topic=topics.micro_batches,
             lookback_seconds=lookback_seconds,
+            max_micro_batches=max_micro_batches,
             partition_refresh_seconds=0.1,
             on_crash=self.crashes.append,
             clock=clock,
@@ -64,9 +72,13 @@ class Following:
 
 @contextmanager
 def following(
-    kafka: str, topics: Topics, lookback_seconds: float = 3_600, clock: Callable[[], float] = time.time
+    kafka: str,
+    topics: Topics,
+    lookback_seconds: float = 3_600,
+    clock: Callable[[], float] = time.time,
+    max_micro_batches: int = 1_000,
 ) -> Iterator[Following]:
-    made = Following(kafka, topics, lookback_seconds, clock)
+    made = Following(kafka, topics, lookback_seconds, clock, max_micro_batches)
     made.follower.start()
     try:
         yield made
@@ -156,6 +168,25 @@ def test_only_the_lookback_is_read_at_start(apache_kafka: str, apache_topics: To
         assert made.items_of("lately") is None
 
 
+def test_a_restart_is_caught_up_after_the_newest_micro_batches_and_knows_whole_histories(
+    apache_kafka: str, apache_topics: Topics
+) -> None:
+    kafka, topics = apache_kafka, apache_topics
+    batches = [make_batch([(f"u{n % 7}", str(n))], [[str(n - 14), str(n - 7)]], first_offset=n) for n in range(100)]
+    produce(kafka, topics.micro_batches, [(0, batch.encode()) for batch in batches])
+    produce(kafka, topics.micro_batches, [(1, make_batch([("v", "1")], [[]], partition=1).encode())])
+    with following(kafka, topics, max_micro_batches=5) as made:
+        assert made.follower.caught_up.wait(20)
+        assert made.value("micro_batches_total", outcome="applied") == 5 + 1
+        for n in range(95, 100):
+            assert made.items_of(f"u{n % 7}") == hash_ids([str(n - 14), str(n - 7), str(n)]).tolist()
+        assert made.items_of("v") == hash_ids(["1"]).tolist()
+        assert made.value("users") == 6
+        assert made.items_of(f"u{94 % 7}") is None, "their last click is in none of those"
+        produce(kafka, topics.micro_batches, [(0, make_batch([("u3", "9")], [["1"]], first_offset=100).encode())])
+        made.wait_for("u3", ["1", "9"])
+
+
 class GrowingPartition:
     """A consumer's view of partitions that get another record after every question."""
 
@@ -174,6 +205,16 @@ class GrowingPartition:
 def test_a_record_written_while_the_start_is_looked_up_is_read() -> None:
     follower = Following("127.0.0.1:9", Topics("x"), 3_600, time.time).follower
     assert follower._positions_at(GrowingPartition(), [0, 1], time.time()) == {0: 3, 1: 4}
+
+
+def test_no_more_than_the_newest_micro_batches_are_read_however_long_the_lookback() -> None:
+    class Partition(GrowingPartition):
+        def offsets_for_times(self, partitions: list[TopicPartition], timeout: float) -> list[TopicPartition]:
+            return [TopicPartition(entry.topic, entry.partition, 0) for entry in partitions]
+
+    for bound, first in ((1, 2), (2, 1), (1_000, 0)):
+        follower = Following("127.0.0.1:9", Topics("x"), 3_600, time.time, bound).follower
+        assert follower._positions_at(Partition(), [0], 0.0) == {0: first}
 
 
 def test_a_topic_that_comes_later_is_followed(kafka: str, topics: Topics) -> None:
