@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,9 @@ class Catalogue:
         self.num_expired = 0
         """Rows dropped because of their age, so far."""
         self.gone: dict[int, int] = {}
-        """Hash → step of the items that were deleted or dropped, until `forget_gone`: what the index may still hold."""
+        """Hash → step of the items that were deleted or dropped, until `forget_gone`: what the index may still hold. At
+        most `max_items`, those that went last: more go only where no version has been published for long, and the next
+        version is made without any of them."""
         self.on_keep: Callable[[Int64Array], None] = lambda kept: None
         """Called with the old numbers of the rows that stay when items are dropped, in their new order."""
 
@@ -283,7 +286,7 @@ class Catalogue:
         gone = gone[~self._deleted[gone]]
         self._deleted[gone] = True
         self._touch(gone, step)
-        self.gone.update(dict.fromkeys(self._item_hash[gone].tolist(), step))
+        self._went(self._item_hash[gone], step)
         self.num_deleted += len(gone) - len(back)
         return rows
 
@@ -336,6 +339,13 @@ class Catalogue:
         self.gone = {}
         self._changed.take(self._size)
 
+    def _went(self, item_hash: UInt64Array, step: int) -> None:
+        for key in item_hash.tolist():
+            self.gone.pop(key, None)
+            self.gone[key] = step
+        for key in list(islice(self.gone, max(0, len(self.gone) - self.max_items))):
+            del self.gone[key]
+
     def _touch(self, rows: Int64Array, step: int) -> None:
         self._touched[rows] = step
         self._seen[rows] = self.clicks_counted
@@ -378,7 +388,7 @@ class Catalogue:
         """Drops all rows but these, which are rising; those that were served are gone."""
         served = ~self.deleted
         served[kept] = False
-        self.gone.update((key, step) for key in self.item_hash[served].tolist())
+        self._went(self.item_hash[served], step)
         self._columns(lambda column, fill: column[kept])
         self._item_ids = [self._item_ids[row] for row in kept]
         self._payloads = [self._payloads[row] for row in kept]

@@ -170,7 +170,7 @@ class Kept:
         for name, column in self.columns.items():
             kinds[name] = _kind(column)
             if isinstance(column, np.ndarray):
-                arrays[name] = column
+                arrays[name] = column if column.flags.c_contiguous else np.ascontiguousarray(column)
             else:
                 ragged = _ragged(column)
                 arrays |= {f"{name}/lengths": ragged.lengths, f"{name}/values": ragged.values}

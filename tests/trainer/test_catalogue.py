@@ -128,6 +128,14 @@ def test_what_went_is_remembered_until_it_is_forgotten() -> None:
     assert catalogue.gone == {hash_id("b"): 3}
 
 
+def test_of_what_went_no_more_is_remembered_than_there_may_be_items() -> None:
+    catalogue = new_catalogue(max_items=16)
+    for step in range(100):
+        catalogue.take([change(f"i{step}")], step)
+        catalogue.take([gone(f"i{step}")], step)
+    assert catalogue.gone == {hash_id(f"i{step}"): step for step in range(84, 100)}
+
+
 def test_a_full_catalogue_drops_gone_items_first_and_then_those_untouched_for_longest() -> None:
     catalogue = new_catalogue(max_items=32)
     for step in range(32):
