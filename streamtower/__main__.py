@@ -1,4 +1,4 @@
-"""The command line: `streamtower canary | dead-letters | demo | evaluate | produce | query | replay | topics |
+"""The command line: `streamtower canary | dead-letters | demo | evaluate | export | produce | query | replay | topics |
 versions`.
 
 Station: the front door. Each command reads its options, calls one module, and turns what went wrong into a line on
@@ -30,6 +30,7 @@ from streamtower.connection import (
 )
 from streamtower.dead_letters_command import app as dead_letters
 from streamtower.evaluate.command import evaluate
+from streamtower.export_command import export
 from streamtower.options import (
     ContextColumns,
     Data,
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 app.command()(canary)
 app.command()(evaluate)
+app.command()(export)
 app.command()(replay)
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(versions, name="versions")

@@ -13,7 +13,7 @@ import typer
 
 from streams.contract import Topics
 from streamtower.connection import EXIT_FAILURE, Kafka, Prefix, connection, exit_codes
-from streamtower.versions_command import URL, Alias, AsJson, Key, Qdrant
+from streamtower.versions_command import URL, Alias, AsJson, Key, Qdrant, qdrant_client
 
 
 def canary(
@@ -31,16 +31,11 @@ def canary(
 
     With --json one document for each probe. The clicks are learnt nowhere, and no search finds what tells of them.
     """
-    from qdrant_client import QdrantClient
-
     from streamtower.canary import probes
 
     missed = 0
-    with exit_codes():
+    with exit_codes(), qdrant_client(qdrant, api_key) as client:
         settings = connection(kafka, topic_prefix)
-        client = QdrantClient(
-            url=qdrant, api_key=api_key, headers={"accept-encoding": "identity"}, check_compatibility=False, timeout=5
-        )
         topics = Topics(settings.topic_prefix)
         sent = probes(settings.confluent_config(), topics, client, alias, every=every, timeout=timeout)
         for probe in islice(sent, count):

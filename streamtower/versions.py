@@ -16,7 +16,15 @@ from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from trainer.aliases import named_by, switch, versions_in
-from trainer.contract import Manifest, ManifestError, collection_name, load_manifest, version_directory
+from trainer.contract import (
+    CHECKSUM_FILE,
+    Manifest,
+    ManifestError,
+    collection_name,
+    load_manifest,
+    version_checksum,
+    version_directory,
+)
 
 
 class VersionsError(RuntimeError):
@@ -57,7 +65,7 @@ class PublishedVersions:
         Raises:
             QdrantAwayError: it does not answer.
         """
-        with _named_errors():
+        with named_errors():
             named, collections = named_by(self._client, self._alias), versions_in(self._client, self._alias)
             directories = [int(p.name[1:]) for p in self._model_dir.glob("v[0-9]*") if p.name[1:].isdecimal()]
             counts = {
@@ -73,7 +81,7 @@ class PublishedVersions:
         """Makes a version live and pins it; None: the newest whole one, and none is pinned any more.
 
         Raises:
-            VersionsError: it is not there, or not whole.
+            VersionsError: it is not there, not whole, or damaged.
             QdrantAwayError: it does not answer.
         """
         versions = {version.number: version for version in self.all()}
@@ -83,7 +91,11 @@ class PublishedVersions:
             missing = "is not there" if target not in versions else "has no collection or no readable Manifest"
             listed = ", ".join(map(str, whole)) or "none"
             raise VersionsError(f"version {number or 'latest'} {missing}; whole versions are: {listed}")
-        with _named_errors():
+        directory = version_directory(self._model_dir, target)
+        checksum = directory / CHECKSUM_FILE
+        if checksum.exists() and checksum.read_text() != version_checksum(directory):
+            raise VersionsError(f"version {target} is damaged: {directory} contradicts its checksum")
+        with named_errors():
             switch(self._client, self._alias, target, pin=number is not None)
         return versions[target]
 
@@ -112,7 +124,8 @@ class PublishedVersions:
 
 
 @contextmanager
-def _named_errors() -> Iterator[None]:
+def named_errors() -> Iterator[None]:
+    """Turns what the client raises into QdrantAwayError."""
     try:
         yield
     except (ResponseHandlingException, ResourceExhaustedResponse) as error:

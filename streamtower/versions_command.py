@@ -20,6 +20,8 @@ from streamtower.connection import EXIT_FAILURE, EXIT_USAGE
 from streamtower.options import fail
 
 if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
+
     from streamtower.versions import PublishedVersions, Version
 
 app = typer.Typer(help="Look at the published versions, or make another one live.", no_args_is_help=True)
@@ -104,22 +106,31 @@ def rollback(
 
 
 @contextmanager
-def _versions(qdrant: str, api_key: str | None, alias: str, model_dir: Path) -> Iterator[PublishedVersions]:
+def qdrant_client(url: str, api_key: str | None) -> Iterator[QdrantClient]:
+    """A client of Qdrant; what it cannot do becomes a line on stderr and an exit code."""
     from qdrant_client import QdrantClient
 
-    from streamtower.versions import PublishedVersions, QdrantAwayError, VersionsError
+    from streamtower.versions import QdrantAwayError, VersionsError
 
     client = QdrantClient(
-        url=qdrant, api_key=api_key, headers={"accept-encoding": "identity"}, check_compatibility=False, timeout=10
+        url=url, api_key=api_key, headers={"accept-encoding": "identity"}, check_compatibility=False, timeout=10
     )
     try:
-        yield PublishedVersions(client, alias, model_dir)
+        yield client
     except QdrantAwayError as error:
         fail(str(error), EXIT_DEPENDENCY)
     except VersionsError as error:
         fail(str(error), EXIT_FAILURE)
     finally:
         client.close()
+
+
+@contextmanager
+def _versions(qdrant: str, api_key: str | None, alias: str, model_dir: Path) -> Iterator[PublishedVersions]:
+    from streamtower.versions import PublishedVersions
+
+    with qdrant_client(qdrant, api_key) as client:
+        yield PublishedVersions(client, alias, model_dir)
 
 
 def _say(version: Version, *, pinned: bool, as_json: bool) -> None:

@@ -22,6 +22,7 @@ COMMANDS = (
     "dead-letters replay",
     "demo",
     "evaluate",
+    "export",
     "produce",
     "query",
     "replay",

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from streamtower.__main__ import app
 from tests.trainer.publishing import Publishing, publishings
 from trainer.aliases import Named
-from trainer.contract import DENSE, MANIFEST_FILE, collection_name, version_directory
+from trainer.contract import DENSE, MANIFEST_FILE, QUERY_TOWER_FILE, collection_name, version_directory
 from trainer.progress import Progress
 
 pytestmark = pytest.mark.index
@@ -88,6 +88,10 @@ def test_only_whole_versions_are_made_live(run: Callable[..., tuple[int, str]], 
     for number, why in (("7", "is not there"), ("9", "has no collection or no readable Manifest")):
         assert run("promote", number) == (1, f"streamtower: version {number} {why}; whole versions are: 4, 5\n")
     assert run("promote", "newest")[0] == 2
+    tower = version_directory(publishing.model_dir, 4) / QUERY_TOWER_FILE
+    tower.write_bytes(tower.read_bytes()[:-1])
+    code, text = run("rollback")
+    assert code == 1 and "version 4 is damaged" in text
     publishing.client.delete_collection(collection_name(publishing.alias, 4))
     code, text = run("rollback")
     assert code == 1 and "no whole version before 5" in text
