@@ -35,6 +35,7 @@ from trainer.evaluate import Prequential
 from trainer.index import Index, IndexAwayError, Points, new_client
 from trainer.item_events import ItemChange
 from trainer.progress import Progress
+from trainer.publish import LARGEST_RISE
 from trainer.rollout import PublishSettings
 from trainer.step import Learner
 from trainer.towers import load_query_tower, query_inputs
@@ -262,6 +263,21 @@ def test_popularity_of_touched_and_untouched_items_stays_comparable(new: Callabl
         row = int(publishing.catalogue.find(hash_ids([item]))[0])
         row_of_a = int(publishing.catalogue.find(hash_ids(["a"]))[0])
         np.testing.assert_allclose(value - stored["a"], log_q[row] - log_q[row_of_a], atol=1e-4)
+
+
+def test_log_frequencies_of_a_delta_rise_no_further_than_the_others_can_fall(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click("a", "b")
+    publishing.settle()
+    for _ in range(40):  # 120 clicks: at a half-life of 10 the untouched fell by 8 meanwhile, at 100 by 0.8
+        publishing.click("b", "b", "b")
+    publishing.settle()
+    assert publishing.live == 1
+    row = publishing.catalogue.find(hash_ids(["b"]))
+    stored = 20.0 * np.array(vector_of(publishing.points()["b"])[-2:])
+    rise = publishing.catalogue.log_totals - publishing.publisher.live.landmark  # type: ignore[union-attr]
+    assert rise[0] < LARGEST_RISE < rise[1]
+    np.testing.assert_allclose(stored - publishing.catalogue.log_qs(row)[0], [rise[0], LARGEST_RISE], atol=1e-4)
 
 
 def test_a_late_writer_changes_nothing(new: Callable[..., Publishing]) -> None:
