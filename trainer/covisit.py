@@ -136,7 +136,8 @@ class Covisit:
             rows, history_rows, history_offsets, self.window, np.float32(self._weight), self._clicks_counted,
         )  # fmt: skip
         self._changed.mark(rows)
-        self._changed.mark(history_rows[history_rows >= 0])
+        histories = history_rows[history_offsets[0] : history_offsets[-1]]
+        self._changed.mark(histories[histories >= 0])
         self._total += self._weight * len(rows)
         self._clicks_counted += len(rows)
         self._weight *= math.exp(self._rate * len(rows))
