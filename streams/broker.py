@@ -70,7 +70,12 @@ class ClicksOnBroker:
         """
         wanted = (self._topics.clicks, self._topics.micro_batches, self._topics.dead_letters)
         deadline, said = time.monotonic() + self._deadline_seconds, ""
-        admin = AdminClient({**self._config, "log_level": 2})
+        troubles: dict[
+            int, str
+        ] = {}  # why nobody answers: a wrong password, say, which the answer itself does not tell
+        admin = AdminClient(
+            {**self._config, "log_level": 2, "error_cb": lambda error: troubles.update({error.code(): error.str()})}
+        )
         while True:
             away: KafkaException | None = None
             problems: list[str] = []
@@ -81,12 +86,18 @@ class ClicksOnBroker:
                 missing = [name for name in wanted if name not in sizes]
                 problems = [f"topic {name!r} is missing on {self._where}; {_REMEDY}" for name in missing]
             except KafkaException as error:
-                away, problems = error, [f"no answer from Kafka at {self._where}: {error.args[0].str()}"]
+                admin.poll(0)
+                troubles.pop(KafkaError._ALL_BROKERS_DOWN, None)
+                away = error
+                problems = [
+                    f"no answer from Kafka at {self._where}: {', '.join([error.args[0].str(), *troubles.values()])}"
+                ]
             if not problems:
                 break
-            if (problem := "; ".join(problems)) != said:
-                log.warning("waiting for kafka", problem=problem, deadline_seconds=self._deadline_seconds)
-                said = problem
+            kind = str(sorted(troubles)) if away else str(problems)
+            if kind != said:
+                log.warning("waiting for kafka", problem="; ".join(problems), deadline_seconds=self._deadline_seconds)
+                said = kind
             if time.monotonic() > deadline:
                 if away:
                     raise DependencyError(f"{problems[0]} (waited {self._deadline_seconds:g} s)") from away
