@@ -17,8 +17,8 @@ collection or the alias has disappeared, and as soon as that allows it when what
 (`staleness`).
 
 **Delta** = the items touched since their last acknowledged copy, as many as fit the interval, new items first
-(`waiting`), into the live collection; and a delete of all items that went since the version was taken, again each time,
-because a late upsert could bring back what was new and then went; one of items that are there already makes no points.
+(`waiting`), into the live collection; and a delete of the items that went, again and again for a minute, because a
+late upsert could bring back what was new and then went; one of items that are there already makes no points.
 
 While an operator holds a version live (`aliases`), no other one is made and nothing is written into any, but deltas go
 on into the held one if this process has filled it. What is touched meanwhile goes out when none is held any more.
@@ -32,6 +32,7 @@ import copy
 import math
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
@@ -62,16 +63,12 @@ from trainer.waiting import PublishRate, Turn, give_back, take_turn
 
 GATHER_ITEMS = 8_192
 """Items whose inputs are gathered, and that are embedded, at a time."""
-LARGEST_RISE = 5.0
-"""By how much log frequencies of a delta may stand above those of its version because the others fall meanwhile. Those
-of a short half-life reach their floor soon, and fall no further: without a bound, whatever is touched would end above
-all else. Measured in docs/results.md."""
 LONGEST_PAUSE_SECONDS = 30.0
 """Between attempts to publish, while Qdrant is away."""
 CLOSE_SECONDS = 3.0
 """How long `close` waits for what is under way."""
 SWEEP_SECONDS = 60.0
-"""For so long after items went, deltas go out even if nothing was touched: each deletes again what went."""
+"""For so long after items went, deltas go out even if nothing was touched, and each deletes again what went."""
 NOTHING = np.zeros(0, np.uint64)
 
 ResultT = TypeVar("ResultT")
@@ -115,7 +112,10 @@ class Publisher:
         """Event time of the newest canary, seconds since the epoch."""
         self._canary_told: float | None = None
         """That of the canary that the live version tells of."""
-        self._newest_gone, self._sweep_until = -1, -math.inf
+        self._swept_step = -1
+        """What went before or at this step was deleted for the last time."""
+        self._sweeps: deque[tuple[float, int]] = deque()
+        """When deltas were acknowledged, within the last `SWEEP_SECONDS`, and their steps."""
         self._staleness = Staleness(model, rollout.index, self._settings, metrics)
         self._served: Served | None = None
         self._full_took = 0.0
@@ -155,14 +155,12 @@ class Publisher:
         is_ours = self.live is not None and pinned in (None, self.live.number)
         if self.live and is_ours and self._delta is None and self._switch is None and now >= self._delta_due:
             self._delta_due = now + self._settings.publish_interval_seconds
-            newest_gone = max(self._catalogue.gone.values(), default=-1)
-            if newest_gone > self._newest_gone:
-                self._newest_gone, self._sweep_until = newest_gone, now + SWEEP_SECONDS
-            sweeps = self._catalogue.gone and now < self._sweep_until
+            sweeps = max(self._catalogue.gone.values(), default=-1) > self._swept_step
             canary = self._canary != self._canary_told
             if self._progress.step > self.published_step or self._num_left or sweeps or canary:
                 self._turn = take_turn(self._catalogue, self._progress.step, self._rate.limit)
-                version, delta = self.live, self._take_delta(self.live, self._turn.rows, self._turn.num_new)
+                version, turn = self.live, self._turn
+                delta = self._take_delta(version, turn.rows, turn.num_new, self._swept_step)
                 if canary:
                     delta, self._canary_told = replace(delta, canary=self._canary), self._canary
                 self._report(len(self._turn.rows) + len(self._turn.left))
@@ -230,17 +228,18 @@ class Publisher:
         catalogue = self._catalogue
         rows = np.flatnonzero((catalogue.touched > version.step) & ~catalogue.deleted)
         is_known = catalogue.added[rows] <= version.step
-        return self._take_delta(version, rows[np.argsort(is_known, kind="stable")], int(np.count_nonzero(~is_known)))
+        rows, num_new = rows[np.argsort(is_known, kind="stable")], int(np.count_nonzero(~is_known))
+        return self._take_delta(version, rows, num_new, version.step)
 
-    def _take_delta(self, version: Version, rows: Int64Array, num_new: int) -> Delta:
+    def _take_delta(self, version: Version, rows: Int64Array, num_new: int, gone_since: int) -> Delta:
         catalogue, scale = self._catalogue, self._settings.popularity_scale
-        landmark = np.maximum(version.landmark, catalogue.log_totals - LARGEST_RISE)
+        landmark = version.landmark_now(catalogue.log_totals)
         vectors = joined_vectors(catalogue.embedding[rows], catalogue.log_counts(rows), landmark, scale)
         counts = self._model.covisit
         covisit = counts.item_vectors(rows, catalogue.item_hash) if counts is not None else None
         points = replace(self._take_points(rows, vectors), covisit=covisit)
-        gone = np.fromiter(catalogue.gone.keys(), np.uint64, len(catalogue.gone))
-        return Delta(self._progress.step, points, num_new, gone)
+        hashes = [key for key, step in catalogue.gone.items() if step > gone_since]
+        return Delta(self._progress.step, points, num_new, np.array(hashes, np.uint64))
 
     def _take_points(self, rows: Int64Array, vectors: Float32Array) -> Points:
         catalogue, numbers = self._catalogue, rows.tolist()
@@ -263,6 +262,9 @@ class Publisher:
             assert turn is not None
             if done := self._result(delta, "delta", now):
                 self._acknowledged(done, "delta", turn.left)
+                self._sweeps.append((now, done.step))
+                while now - self._sweeps[0][0] > SWEEP_SECONDS:
+                    self._swept_step = self._sweeps.popleft()[1]
             else:
                 give_back(self._catalogue, turn)
                 self._canary_told = None
@@ -299,6 +301,8 @@ class Publisher:
         self._served = done.served
         self._full_took = now - self._full_started
         self._catalogue.forget_gone(version.step)
+        self._sweeps.clear()
+        self._swept_step = version.step
         self._catalogue.published[:] = done.step
         self._acknowledged(done, "full")
         self._metrics.index_version.set(version.number)

@@ -26,6 +26,11 @@ from trainer.index import CanaryError, CollectionGoneError, Index, IndexAwayErro
 from trainer.towers import ItemInputs, ItemTower, QueryTower
 from trainer.versions import Versions
 
+LARGEST_RISE = 5.0
+"""By how much log frequencies of a delta may stand above those of its version because the others fall meanwhile. Those
+of a short half-life reach their floor soon, and fall no further: without a bound, whatever is touched would end above
+all else. Measured in docs/results.md."""
+
 ResultT = TypeVar("ResultT")
 log = structlog.get_logger()
 
@@ -74,6 +79,14 @@ class Version:
     step: int
     """Of the copy."""
     created_at: float
+
+    def landmark_now(self, log_totals: Float64Array) -> Float64Array:
+        """[H] what points that are written now are relative to: the landmark, or what is LARGEST_RISE below the total.
+
+        Args:
+            log_totals: float64 [H] of the catalogue.
+        """
+        return np.maximum(self.landmark, log_totals - LARGEST_RISE)
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,10 @@ class Staleness:
             return None
         rows = self._random.choice(rows, min(self._settings.staleness_items, len(rows)), replace=False)
         embedding, log_counts = learner.embed_items(catalogue.inputs_of_rows(rows)), catalogue.log_counts(rows)
+        landmark = served.version.landmark_now(catalogue.log_totals)
         return Sample(
             catalogue.item_hash[rows],
-            joined_vectors(embedding, log_counts, served.version.landmark, self._settings.popularity_scale),
+            joined_vectors(embedding, log_counts, landmark, self._settings.popularity_scale),
             served.users.queries(manifest, learner.embed_queries(served.users.inputs)),
         )
 

@@ -35,8 +35,7 @@ from trainer.evaluate import Prequential
 from trainer.index import Index, IndexAwayError, Points, new_client
 from trainer.item_events import ItemChange
 from trainer.progress import Progress
-from trainer.publish import LARGEST_RISE
-from trainer.rollout import PublishSettings
+from trainer.rollout import LARGEST_RISE, PublishSettings
 from trainer.step import Learner
 from trainer.towers import load_query_tower, query_inputs
 
@@ -47,14 +46,16 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def double() -> Iterator[StrictQdrant]:
+    with StrictQdrant() as server:
+        yield server
+
+
 @pytest.fixture(params=["endpoint", "strict double"])
-def qdrant_url(request: pytest.FixtureRequest, qdrant_url: str) -> Iterator[str]:
+def qdrant_url(request: pytest.FixtureRequest, qdrant_url: str, double: StrictQdrant) -> Iterator[str]:
     """Every test here runs on both; the double takes only what the client's own models allow."""
-    if request.param == "endpoint":
-        yield qdrant_url
-        return
-    with StrictQdrant() as double:
-        yield double.url
+    yield qdrant_url if request.param == "endpoint" else double.url
     assert double.violations == []
 
 

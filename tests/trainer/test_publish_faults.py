@@ -203,6 +203,31 @@ def test_the_late_upsert_of_an_item_that_was_new_and_is_gone_is_swept_up_by_the_
     assert publishing.live == 1
 
 
+def test_what_went_is_deleted_again_for_a_minute_and_then_no_more(
+    new: Callable[..., Publishing], double: StrictQdrant
+) -> None:
+    rarely = {"first_publish_interval_seconds": 1_000.0, "full_publish_interval_seconds": 1_000.0}
+    publishing = new(settings=replace(SETTINGS, **rarely))
+    publishing.click("a", "b", "c")
+    publishing.settle()
+
+    def tick() -> int:
+        """Lets an interval pass; how often something was deleted in it."""
+        before = sum("points/delete" in call for call in double.calls)
+        publishing.clock.now += 2.0
+        publishing.publisher.advance()
+        publishing.until(lambda: publishing.publisher._delta is None)
+        return sum("points/delete" in call for call in double.calls) - before
+
+    publishing.take(ItemChange("a", gone=True))
+    deletes = [tick() for _ in range(40)]
+    assert deletes == [1] * 32 + [0] * 8  # the first, and again until it is more than 60 seconds ago
+    publishing.take(ItemChange("b", gone=True))
+    double.fail("unavailable", DELETE, body=r'"has_id": ?\[\d+\]')  # b alone is named
+    assert tick() == 2
+    assert steps(publishing) == {"c": 1}
+
+
 def test_a_late_delete_does_not_take_an_item_that_has_come_back(
     new: Callable[..., Publishing], double: StrictQdrant
 ) -> None:
