@@ -132,6 +132,19 @@ def test_a_cold_user_is_answered_by_popularity(retriever: Running, published: Pu
     assert (answer["user_known"], answer["history_source"], answer["history_length"]) == (False, "none", 0)
 
 
+def test_one_click_of_a_cold_user_moves_the_answer(retriever: Running, published: Published) -> None:
+    context = {"device": "phone"}
+    cold = retriever.ask(user_id="u", context=context)
+    assert_ranked(cold, published.best(10, user_id="u", context=context))
+    best = answered(cold)[0][0]
+    retriever.table.apply(click("u", best, [], offset=0))
+    moved = retriever.ask(user_id="u", context=context)
+    assert_ranked(moved, published.best(10, user_id="u", context=context, history=[best], without=[best]))
+    assert [item for item, _ in answered(moved)][:9] != [item for item, _ in answered(cold)][1:], (
+        "not the seen one alone"
+    )
+
+
 def test_the_followed_history_counts_and_is_excluded(retriever: Running, published: Published) -> None:
     retriever.table.apply(click("u", "item-5", ["item-3", "item-4"], offset=0))
     answer = retriever.ask(user_id="u")
