@@ -22,6 +22,8 @@ from streamtower.topics import num_partitions
 from trainer.contract import EVENT_TIME
 
 LOOK_SECONDS = 0.05
+INEXACT_SECONDS = 0.001
+"""Qdrant's JSON gives back one number in eight with another last digit."""
 
 
 @dataclass(frozen=True)
@@ -72,4 +74,4 @@ def _shows(client: QdrantClient, alias: str, sent_at: float) -> bool:
         found = client.retrieve(alias, [CANARY_HASH], with_payload=[EVENT_TIME])
     except (ResponseHandlingException, UnexpectedResponse, ResourceExhaustedResponse):
         return False  # not there yet, or away: that is what is measured
-    return any((point.payload or {}).get(EVENT_TIME, 0.0) >= sent_at for point in found)
+    return any((point.payload or {}).get(EVENT_TIME, 0.0) > sent_at - INEXACT_SECONDS for point in found)
