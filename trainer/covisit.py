@@ -342,7 +342,8 @@ def _add(numbers, counts, before, line, other, weight, chance):  # type: ignore[
             at = max(at, np.int32(k) if counts[estimates + k] == minimum else np.int32(0))
         place = np.uintp(at)
         numbers[line + place], counts[estimates + place] = other, minimum + weight
-        before[(line >> np.uintp(1)) + place] = minimum
+        if minimum > 0:  # else it is 0 already
+            before[(line >> np.uintp(1)) + place] = minimum
 
 
 @numba.njit(cache=True, nogil=True)
