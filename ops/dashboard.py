@@ -57,6 +57,8 @@ def quantiles(histogram: str, **labels: str) -> dict[str, str]:
 
 
 STREAMS, TRAINER, RETRIEVER = "streamtower_streams_", "streamtower_trainer_", "streamtower_retriever_"
+WAITING = TRAINER + "unservable_click_timestamp_seconds"
+"""Ingest time of the oldest learnt click that is not servable; 0: there is none."""
 
 ROWS: dict[str, list[Panel]] = {
     "Is the world moving, and does the model follow?": [
@@ -110,7 +112,7 @@ ROWS: dict[str, list[Panel]] = {
                 stage: quantile(0.95, TRAINER + "servable_stage_seconds", stage=stage)
                 for stage in ("queue", "learn", "publish")
             }
-            | {"oldest waiting": f"time() - ({TRAINER}unservable_click_timestamp_seconds > 0)"},
+            | {"oldest waiting": f"(time() - {WAITING}) * ({WAITING} > bool 0)"},
             12,
         ),
         Panel(

@@ -15,7 +15,9 @@ import benchmarks
 from benchmarks.chain import Step
 from benchmarks.document import Row, commit, document, report
 
-MODULES = [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name != "document"]
+PARTS = {"document", "whole_score"}
+"""What benchmarks have in common: not run by itself."""
+MODULES = [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name not in PARTS]
 
 
 def test_a_document_says_what_was_measured_where_and_with_what(

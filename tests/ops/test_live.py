@@ -43,8 +43,11 @@ QUIET = {
     "Drift by other measures: Jensen-Shannon {{instance}}",
     "Drift by other measures: stability index {{instance}}",
     "Clicks on young items",
+    "Freshness by stage: oldest waiting",
+    "Staleness of what is served: recall lost",
 }
-"""Panels or queries of them that are zero while all is well: nothing missing, waiting, deleted or drifting."""
+"""Panels or queries of them that are zero while all is well: nothing missing, waiting, deleted, drifting
+or stale."""
 AT_ONCE = {
     "DependencyAway",
     "OffsetsMissing",

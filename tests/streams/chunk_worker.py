@@ -55,14 +55,13 @@ async def read(stream: Any) -> None:
     held: list[Any] = []
 
     async def ack_late() -> None:
-        """Acks what has come, newest first, whenever nothing has come for a while."""
-        seen = -1
+        """Every tenth of a second acks what had come a tenth of a second ago, newest first."""
+        seen = 0
         while True:
-            if len(held) == seen:
-                for event in reversed(held):
-                    ack(event)
-                held.clear()
-            seen = len(held) or -1
+            ripe, held[:] = held[:seen], held[seen:]
+            for event in reversed(ripe):
+                ack(event)
+            seen = len(held)
             await asyncio.sleep(0.1)
 
     late = asyncio.create_task(ack_late()) if config["acks"] == "late" else None
