@@ -167,7 +167,7 @@ def run_and_compare(
     seed: int,
     brokers: Sequence[Member] = (),
 ) -> tuple[Outcome, list[str]]:
-    """With one partition: the outcome, and where learner and index differ from those of a run in peace over the same clicks.
+    """With one partition: the outcome, and where learner and index differ from a run in peace over the same clicks.
 
     Micro-batches close by size alone, so that both runs cut the clicks in the same places.
     """
