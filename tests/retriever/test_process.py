@@ -48,20 +48,20 @@ class Process:
             text=True,
         )
         self.lines: list[dict[str, Any]] = []
-        self._queue: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._queue: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self._queue.put(json.loads(line))  # every line is JSON
+            self._queue.put(line)
 
     def wait_for(self, event: str) -> dict[str, Any]:
         """The next log line of that event."""
         deadline = time.monotonic() + START_SECONDS
         while True:
-            line = self._queue.get(timeout=max(0.01, deadline - time.monotonic()))
+            line = json.loads(self._queue.get(timeout=max(0.01, deadline - time.monotonic())))  # every line is JSON
             self.lines.append(line)
             if line["event"] == event:
                 return line
