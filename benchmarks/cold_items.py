@@ -24,7 +24,7 @@ from benchmarks.quality import FEATURES, open_sets, settings_of
 from streams.contract import MicroBatch, hash_id
 from streams.settings import StreamsSettings
 from streamtower.datasets.clicks import Dataset
-from streamtower.evaluate.contest import VERSION_MICRO_BATCHES, evaluated_model, item_changes
+from streamtower.evaluate.contest import evaluated_model, item_changes
 from streamtower.evaluate.measures import mean_and_std
 from streamtower.evaluate.replay import read_clicks, stream
 from trainer.item_events import ItemChange
@@ -85,8 +85,6 @@ def recalls(dataset: Dataset, settings: TrainerSettings, published: dict[int, fl
             num_earlier += _earlier(batch, earlier)
         earlier.update(batch.item_hash.tolist())
         model.learn(batch, 2 * number + 1)
-        if number % VERSION_MICRO_BATCHES == 0:
-            model.embed_all()
         done += len(batch)
     had = np.array(num_earlier)
     result = {}

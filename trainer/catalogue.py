@@ -28,6 +28,7 @@ import pyarrow as pa
 from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array, hash_ids
 from trainer.admission import Admission
 from trainer.columns import Changes, Column
+from trainer.embeddings import Embeddings
 from trainer.item_events import ItemChange
 from trainer.towers import ItemFeatures, ItemInputs, encode_item_features
 
@@ -35,10 +36,10 @@ NO_PAYLOAD = b"{}"
 EXPIRY_PARTS = 16
 """Items are looked through for expired ones after each so manieth part of `expire_clicks`."""
 EMBED_ITEMS = 8_192
+"""Items embedded at a time."""
 _ROWS = ("item_hash", "num_clicks", "log_count", "added", "touched", "seen", "deleted")
 """Of the state, the arrays with a row for each item."""
 _NUMBERS = ("clicks_counted", "num_dropped", "num_expired")
-"""Items embedded at a time."""
 
 
 class Catalogue:
@@ -87,7 +88,7 @@ class Catalogue:
         self._seen = np.zeros(0, np.int64)
         self._published = np.zeros(0, np.int64)
         self._deleted = np.zeros(0, np.bool_)
-        self._embedding = np.zeros((0, embedding_dim), np.float32)
+        self.embeddings = Embeddings(embedding_dim)
         self._changed = Changes("catalogue")
         self.clicks_counted = 0
         """Clicks counted so far: the clock of the decay."""
@@ -145,8 +146,8 @@ class Catalogue:
 
     @property
     def embedding(self) -> Float32Array:
-        """float32 [N, D] newest embeddings that were set; zeros before the first."""
-        return self._embedding[: self._size]
+        """float32 [N, D] of all rows: see `embeddings`."""
+        return self.embeddings.array
 
     def item_id(self, row: int) -> str:
         """The caller's id."""
@@ -253,15 +254,11 @@ class Catalogue:
         """float32 [N] log q, −inf where the item is gone."""
         return np.where(self.deleted, -np.inf, self.log_q()).astype(np.float32)
 
-    def set_embedding(self, rows: Int64Array, embedding: Float32Array) -> None:
-        """Keeps float32 [n, D] as the newest embeddings of these rows."""
-        self._embedding[rows] = embedding
-
     def embed(self, rows: Int64Array, embed_items: Callable[[ItemInputs], Float32Array]) -> None:
         """Gives these rows the embeddings that `embed_items` has for them."""
         for start in range(0, len(rows), EMBED_ITEMS):
             part = rows[start : start + EMBED_ITEMS]
-            self.set_embedding(part, embed_items(self.inputs_of_rows(part)))
+            self.embeddings.set(part, embed_items(self.inputs_of_rows(part)))
 
     def take(self, changes: Sequence[ItemChange], step: int) -> Int64Array:
         """Takes item changes; of several of one item the last counts.
@@ -296,13 +293,13 @@ class Catalogue:
 
     @property
     def changes(self) -> dict[str, Changes]:
-        """Name in the state → which rows have changed: those that were touched."""
+        """Name in the state → which rows have changed: those that were touched, or embedded."""
         features = [f"features.{name}" for name in self.features.state_dict()]
-        return dict.fromkeys([*_ROWS, "item_id", "payload", *features], self._changed)
+        embeddings = {f"embeddings.{name}": changes for name, changes in self.embeddings.changes.items()}
+        return dict.fromkeys([*_ROWS, "item_id", "payload", *features], self._changed) | embeddings
 
     def state_dict(self) -> dict[str, Column]:
-        """Everything but the embeddings, which follow from the towers, and `published`; its own columns, to be copied
-        before the next change."""
+        """Everything but `published`; its own columns, to be copied before the next change."""
         numbers = {name: np.array(getattr(self, name)) for name in _NUMBERS}
         return {
             **{name: getattr(self, f"_{name}")[: self._size] for name in _ROWS},
@@ -312,23 +309,24 @@ class Catalogue:
             "log_total": self.log_totals,
             **{f"features.{name}": column for name, column in self.features.state_dict().items()},
             **{f"waiting.{name}": column for name, column in self.admission.state_dict().items()},
+            **{f"embeddings.{name}": column for name, column in self.embeddings.state_dict().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave, into an empty catalogue; embeddings are to be set anew.
+        """Takes over what `state_dict` gave, into an empty catalogue.
 
         Raises:
-            ValueError: the item features are of another configuration.
+            ValueError: item features or embeddings are of another configuration.
         """
         if state["log_count"].shape[1] != len(self._rates):
             raise ValueError(f"there are {state['log_count'].shape[1]} half-lives, not {len(self._rates)}")
-        for stem, part in (("features.", self.features), ("waiting.", self.admission)):
+        parts: dict[str, Any] = {"features.": self.features, "waiting.": self.admission, "embeddings.": self.embeddings}
+        for stem, part in parts.items():
             part.load_state_dict({name.removeprefix(stem): state[name] for name in state if name.startswith(stem)})
         self._item_ids, self._payloads = list(state["item_id"]), list(state["payload"])
         self._size = len(self._item_ids)
         for name in _ROWS:
             setattr(self, f"_{name}", np.array(state[name]))
-        self._embedding = np.zeros((self._size, self._embedding.shape[1]), np.float32)
         self._published = np.full(self._size, -1, np.int64)
         self._row = dict(zip(self._item_hash.tolist(), range(self._size), strict=True))
         self.num_deleted = int(self._deleted.sum())
@@ -354,7 +352,7 @@ class Catalogue:
     def _columns(self, change: Callable[[Any, float], Any]) -> None:
         for name, fill in (
             ("item_hash", 0), ("num_clicks", 0), ("log_count", -math.inf), ("added", 0), ("touched", 0),
-            ("seen", 0), ("published", -1), ("deleted", False), ("embedding", 0.0),
+            ("seen", 0), ("published", -1), ("deleted", False),
         ):  # fmt: skip
             setattr(self, f"_{name}", change(getattr(self, f"_{name}"), fill))
 
@@ -372,6 +370,7 @@ class Catalogue:
         self._item_ids += item_ids
         self._payloads += [NO_PAYLOAD] * len(item_ids)
         self.features.append(len(item_ids))
+        self.embeddings.extend(self._size)
         for key in item_hash.tolist():
             self.gone.pop(key, None)
 
@@ -393,6 +392,7 @@ class Catalogue:
         self._item_ids = [self._item_ids[row] for row in kept]
         self._payloads = [self._payloads[row] for row in kept]
         self.features.keep(kept)
+        self.embeddings.keep(kept)
         self.on_keep(kept)
         self._size = len(kept)
         self._changed.mark_all()

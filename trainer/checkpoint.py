@@ -34,7 +34,7 @@ from trainer.columns import Column, HasState, Kept
 from trainer.metrics import Metrics
 from trainer.progress import Progress
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 COLUMNS_FILE = "columns.safetensors"

@@ -44,7 +44,6 @@ class Loop:
             RollBackError: the guard has tripped, and rolls back.
         """
         self.source.start(self.progress.positions)
-        self.model.embed_all()
         log.info("ready", clicks_learnt=self.progress.clicks_learnt, items=self.model.catalogue.num_items)
         poll = Poll()
         while not (stop.is_set() or poll.ended):

@@ -41,6 +41,8 @@ COVISIT_DECAY = 0.9
 """Weight of a history item relative to the next newer one, in co-visitation scores."""
 WEIGHED_ROWS = 16
 """Clicks of each micro-batch that the weights of the score learn from."""
+RENEWED_PER_CLICK = 1
+"""Items that were not clicked and have their embeddings made anew, in turn, for each click."""
 
 Stage = Callable[[str], AbstractContextManager[object]]
 """Called with "evaluate", "learn" and "touch": measures the time within."""
@@ -76,10 +78,6 @@ class Model:
         if self.covisit is not None:
             self.catalogue.on_keep = self.covisit.keep
 
-    def embed_all(self) -> None:
-        """Gives every item its embedding: after a load, and whenever all items' embeddings shall be fresh."""
-        self.catalogue.embed(np.arange(len(self.catalogue)), self.learner.embed_items)
-
     def take(self, changes: Sequence[ItemChange], step: int) -> None:
         """Takes item changes: see `Catalogue.take`."""
         self.catalogue.embed(self.catalogue.take(changes, step), self.learner.embed_items)
@@ -110,7 +108,8 @@ class Model:
             result = self.learner.learn(Clicks(query, batch.item_hash, rewards, log_q, *histories))
         with stage("touch"):
             rows = np.unique(self.catalogue.find(batch.item_hash))
-            self.catalogue.embed(rows[rows >= 0], self.learner.embed_items)
+            in_turn = self.catalogue.embeddings.take_turn(RENEWED_PER_CLICK * len(batch))
+            self.catalogue.embed(np.union1d(rows[rows >= 0], in_turn), self.learner.embed_items)
         return Learnt(result, _joined(ranks))
 
     def test(self, batch: MicroBatch) -> Ranks | None:

@@ -90,7 +90,7 @@ class Publisher:
         """
         Args:
             rollout: does the work; its settings say when, its clocks count.
-            model: read when copies are taken; its catalogue is also given the embeddings that a full publish makes.
+            model: read when copies are taken.
             progress: read when copies are taken; `model_version` is kept up to date.
             stopping: the event that the index was given; `close` sets it.
         """
@@ -273,7 +273,6 @@ class Publisher:
             if filled := self._result(fill, "full", now):
                 self._filled = filled
                 self._progress.model_version = max(self._progress.model_version, filled.version.number)
-                self._keep_embeddings(filled)
         if self._filled is not None and self._switch is not None and self._switch.done():
             switch, filled, self._switch, self._filled = self._switch, self._filled, None, None
             if done := self._result(switch, "full", now):
@@ -286,13 +285,6 @@ class Publisher:
         self._metrics.pinned_version.set(named.pinned or 0)
         live = self.live.number if self.live is not None else 0
         self._metrics.index_version.set(named.pinned or live)
-
-    def _keep_embeddings(self, filled: Filled) -> None:
-        """The evaluation uses the fresh embeddings too, except where an item was touched since."""
-        rows = self._catalogue.find(filled.points.item_hash)
-        same = rows >= 0
-        same[same] = self._catalogue.touched[rows[same]] <= filled.version.step
-        self._catalogue.set_embedding(rows[same], filled.points.vectors[same])
 
     def _went_live(self, filled: Filled, done: Done, now: float) -> None:
         version = self.live = filled.version

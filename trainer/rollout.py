@@ -121,8 +121,6 @@ class Filled:
 
     copy: Copy
     version: Version
-    points: Points
-    """With the embeddings alone: vectors [n, D]."""
     started: float
 
 
@@ -194,12 +192,10 @@ class Rollout:
         hnsw = len(taken.points) >= self.settings.hnsw_from_items
         size = taken.manifest.embedding_dim + taken.manifest.popularity_dims
         self.index.create(number, size, hnsw=hnsw, covisit=taken.covisit is not None)
-        embedded: list[Float32Array] = []
         done = 0
         for inputs in taken.inputs:
             with torch.inference_mode():
                 embedding = taken.item_tower(inputs).numpy()
-            embedded.append(embedding)
             part = slice(done, done + len(embedding))
             points = Points(
                 taken.points.item_hash[part],
@@ -213,15 +209,14 @@ class Rollout:
                 self.no_delta.wait(self.settings.publish_interval_seconds)
                 self.index.upsert(number, batch, version.step)
             done += len(embedding)
-        points = replace(taken.points, vectors=np.concatenate(embedded))
-        return Filled(taken, version, points, started)
+        return Filled(taken, version, started)
 
     def make_live(self, filled: Filled, catch_up: Delta) -> Done:
         """Catches up, checks, puts the directory in place, switches the alias, removes old versions."""
         number = filled.version.number
         self._write(number, catch_up)
         self.index.wait_until_green(number, self.settings.green_seconds)
-        wanted = np.setdiff1d(np.union1d(filled.points.item_hash, catch_up.points.item_hash), catch_up.gone)
+        wanted = np.setdiff1d(np.union1d(filled.copy.points.item_hash, catch_up.points.item_hash), catch_up.gone)
         if (found := self.index.count(number)) != len(wanted):
             raise IndexAwayError(f"version {number} has {found} points and should have {len(wanted)}")
         names = {"model_version": number, "collection": collection_name(self.index.alias, number)}
@@ -230,7 +225,7 @@ class Rollout:
         recall = self._ask_canaries(served) if served is not None and self.settings.canary_queries else None
         self.versions.write(manifest, filled.copy.query_tower)
         self.index.switch(number)
-        num_points = len(filled.points) + len(catch_up.points)
+        num_points = len(filled.copy.points) + len(catch_up.points)
         done = Done(catch_up.step, num_points, self.rising() - filled.started, self.clock(), recall, served)
         try:
             self._remove_old(number)

@@ -23,9 +23,6 @@ from trainer.item_events import ItemChange, decode_item_change
 from trainer.model import Model, new_model
 from trainer.settings import TrainerSettings
 
-VERSION_MICRO_BATCHES = 20
-"""All items get new embeddings after so many micro-batches, as with a new version of the index; in between, those that
-are clicked."""
 ALL_ROWS = 100_000
 """Clicks of a micro-batch that are tested: the largest that the setting takes."""
 
@@ -108,8 +105,6 @@ class Feed:
         changes = [self._items_left.pop(key) for key in clicked if key in self._items_left]
         if changes:
             self.model.take(changes, step + 2)
-        if self._num_batches % VERSION_MICRO_BATCHES == 0:
-            self.model.embed_all()
         self._num_batches += 1
         return ranks
 

@@ -66,7 +66,7 @@ def taught(features: str) -> Model:
     )
     for number in range(60):
         model.learn(made_batch(random, 64 * number), number + 1)
-    model.embed_all()
+    model.catalogue.embed(np.arange(len(model.catalogue)), model.learner.embed_items)
     return model
 
 

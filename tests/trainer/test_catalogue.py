@@ -140,7 +140,7 @@ def test_a_full_catalogue_drops_gone_items_first_and_then_those_untouched_for_lo
     catalogue = new_catalogue(max_items=32)
     for step in range(32):
         rows = click(catalogue, [f"i{step}"], step)
-        catalogue.set_embedding(rows, np.full((1, 4), step, np.float32))
+        catalogue.embeddings.set(rows, np.full((1, 4), step, np.float32))
     catalogue.take([change("i9", "brand of nine", b'{"nine": 9}')], 33)
     click(catalogue, ["i0"], 34)
     catalogue.take([gone("i5")], 35)

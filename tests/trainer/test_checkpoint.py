@@ -186,10 +186,10 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_as_that(tmp_path: Path) ->
     path = tmp_path / "c000000000001" / "manifest.json"
     plain = msgspec.json.decode(path.read_bytes())
     del plain["base"]
-    plain |= {"format": 2, "checksum": ""}
+    plain |= {"format": 3, "checksum": ""}
     plain["checksum"] = xxhash.xxh3_128_hexdigest(msgspec.json.encode(plain))
     path.write_bytes(msgspec.json.encode(plain))
-    with pytest.raises(CheckpointError, match="has format 2; this code reads 3"):
+    with pytest.raises(CheckpointError, match="has format 3; this code reads 4"):
         load(tmp_path)
 
 

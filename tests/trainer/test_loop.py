@@ -13,6 +13,7 @@ import torch
 from streams.contract import MicroBatch, hash_ids
 from tests.trainer.small_trainer import Trainer
 from tests.trainer.streams_of_clicks import click_stream, micro_batch
+from tests.trainer.test_columns import plain
 from trainer.item_events import ItemChange
 from trainer.source import Poll
 
@@ -25,15 +26,11 @@ def two_partitions(num_batches: int) -> list[MicroBatch]:
 
 
 def assert_same_model(one: Trainer, two: Trainer) -> None:
-    theirs = two.learner.state_dict()
-    for name, tensor in one.learner.state_dict().items():
-        assert torch.equal(tensor, theirs[name]), name
-    mine, other = one.catalogue.state_dict(), two.catalogue.state_dict()
-    for name in ("item_id", "num_clicks", "log_count", "clicks_counted", "log_total", "deleted"):
-        np.testing.assert_array_equal(mine[name], other[name], err_msg=name)
-    everything = np.arange(len(one.catalogue))
-    embeddings = [t.learner.embed_items(t.catalogue.inputs_of_rows(everything)) for t in (one, two)]
-    np.testing.assert_array_equal(*embeddings)
+    """Value by value, all that is kept of them."""
+    states = [plain(trainer.model.state_dict()) for trainer in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for name in states[0].keys() - {"catalogue.added", "catalogue.touched"}:  # steps, which count deliveries too
+        np.testing.assert_equal(states[0][name], states[1][name], name)
 
 
 def test_every_click_is_learnt_and_counted(tmp_path: Path) -> None:

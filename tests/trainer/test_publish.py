@@ -18,6 +18,7 @@ from tests.trainer.gate import Gate
 from tests.trainer.publishing import DEADLINE_SECONDS, SETTINGS, Publishing, publishings
 from tests.trainer.small_trainer import CONFIG, TRAINING
 from tests.trainer.streams_of_clicks import micro_batch
+from tests.trainer.test_columns import plain
 from trainer.aliases import Named, switch
 from trainer.contract import (
     COVISIT,
@@ -95,6 +96,16 @@ def test_the_first_version_has_every_item_with_its_vector_and_payload(new: Calla
         row = int(publishing.catalogue.find(hash_ids([item]))[0])
         wanted = np.append(publishing.catalogue.embedding[row], publishing.catalogue.log_qs()[row] / 20.0)
         np.testing.assert_allclose(vector_of(record), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_versions_and_deltas_change_nothing_of_the_model(new: Callable[..., Publishing]) -> None:
+    publishing = new()
+    publishing.click(*[f"i{n % 9}" for n in range(40)])
+    before = plain(publishing.model.state_dict())
+    publishing.settle()
+    publishing.clock.now += SETTINGS.full_publish_interval_seconds
+    publishing.until(lambda: publishing.live == 2 and publishing.publisher.idle)
+    np.testing.assert_equal(plain(publishing.model.state_dict()), before)
 
 
 def test_any_client_gets_the_score_from_manifest_tower_and_index(new: Callable[..., Publishing]) -> None:

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 from confluent_kafka import Producer
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from streams.contract import Topics
@@ -167,7 +168,7 @@ def run_and_compare(
     seed: int,
     brokers: Sequence[Member] = (),
 ) -> tuple[Outcome, list[str]]:
-    """With one partition: the outcome, and where learner and index differ from a run in peace over the same clicks.
+    """With one partition: the outcome, and where model and index differ from a run in peace over the same clicks.
 
     Micro-batches close by size alone, so that both runs cut the clicks in the same places.
     """
@@ -206,16 +207,37 @@ def run_and_compare(
 
 
 def learnt(checkpoint: Path) -> dict[str, npt.NDArray[Any]]:
-    """Everything of the learner in a checkpoint: cNEW, or cNEW-FULL with some rows of its tables on top of cFULL's."""
-    arrays = load_file(checkpoint / "columns.safetensors")
-    model = {name: array for name, array in arrays.items() if name.startswith("learner.")}
+    """Every column of the model in a checkpoint: cNEW, or cNEW-FULL with some rows of its tables on top of cFULL's. All
+    but the steps, which count polls."""
+    layout, arrays = columns_of(checkpoint)
     if full := checkpoint.name.partition("-")[2]:
-        below = load_file(checkpoint.with_name(f"c{full}") / "columns.safetensors")
-        for name in [name for name in model if "tables." in name]:
-            whole = below[name]
-            whole[arrays["rows/tables." + name.partition("tables.")[2]]] = model[name]
-            model[name] = whole
-    return model
+        _, below = columns_of(checkpoint.with_name(f"c{full}"))
+        for name, table in layout["tables"].items():
+            if (rows := arrays.get(f"rows/{table}")) is not None:
+                num_rows = max(len(below[name]), int(rows.max(initial=-1)) + 1)
+                whole = np.empty((num_rows, *below[name].shape[1:]), below[name].dtype)
+                whole[: len(below[name])], whole[rows] = below[name], arrays[name]
+                arrays[name] = whole
+    steps = {"catalogue.added", "catalogue.touched"}
+    return {name: arrays[name] for name in layout["kinds"] if name not in steps}
+
+
+def columns_of(checkpoint: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Layout and columns of one file. Columns with rows of different lengths come as objects: the bytes of each row."""
+    path = checkpoint / "columns.safetensors"
+    arrays = load_file(path)
+    with safe_open(path, "np") as file:
+        layout = json.loads(file.metadata()["layout"])
+    for name, kind in layout["kinds"].items():
+        if kind != "array":
+            lengths, values = arrays.pop(f"{name}/lengths"), arrays.pop(f"{name}/values")
+            ends = np.cumsum(lengths.sum(1))
+            rows = [
+                length.tobytes() + values[end - length.sum() : end].tobytes()
+                for length, end in zip(lengths, ends, strict=True)
+            ]
+            arrays[name] = np.array(rows, object)
+    return layout, arrays
 
 
 def differences(first: tuple[Path, Points], second: tuple[Path, Points]) -> list[str]:
@@ -223,10 +245,13 @@ def differences(first: tuple[Path, Points], second: tuple[Path, Points]) -> list
     found = []
     models = [learnt(last_checkpoint(path / "checkpoints")) for path, _ in (first, second)]
     if models[0].keys() != models[1].keys():
-        found.append(f"tensors {models[0].keys() ^ models[1].keys()}")
+        found.append(f"columns {models[0].keys() ^ models[1].keys()}")
     for name in models[0].keys() & models[1].keys():
-        if models[0][name].tobytes() != models[1][name].tobytes():
-            found.append(f"tensor {name}: {np.sum(models[0][name] != models[1][name])} values differ")
+        one, other = models[0][name], models[1][name]
+        if one.shape != other.shape:
+            found.append(f"column {name}: {one.shape} against {other.shape}")
+        elif one.tolist() != other.tolist() if one.dtype == object else one.tobytes() != other.tobytes():
+            found.append(f"column {name}: {np.sum(one != other)} values differ")
     vectors = [{item: vector for item, (_, vector) in points.items()} for _, points in (first, second)]
     if vectors[0].keys() != vectors[1].keys():
         found.append(f"points {sorted(vectors[0].keys() ^ vectors[1].keys())[:5]}")

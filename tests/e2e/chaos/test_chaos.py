@@ -56,7 +56,7 @@ def test_every_click_is_learnt_once_and_all_is_as_recomputed(kafka: str, tmp_pat
     assert_well(outcome, 35)
 
 
-def test_with_one_partition_learner_and_index_are_those_of_an_undisturbed_run_bit_for_bit(
+def test_with_one_partition_model_and_index_are_those_of_an_undisturbed_run_bit_for_bit(
     kafka: str, tmp_path: Path
 ) -> None:
     topics, peaceful = make_topics(kafka, "chaos-one-", 1), make_topics(kafka, "chaos-peace-", 1)
@@ -109,7 +109,7 @@ def test_on_apache_kafka_the_broker_is_killed_too(apache_home: Path, tmp_path: P
     assert outcome.num_broker_kills
 
 
-def test_on_apache_kafka_too_learner_and_index_are_those_of_an_undisturbed_run_bit_for_bit(
+def test_on_apache_kafka_too_model_and_index_are_those_of_an_undisturbed_run_bit_for_bit(
     apache_home: Path, tmp_path: Path
 ) -> None:
     nodes = [ApacheNode(apache_home, tmp_path / "broker")]
