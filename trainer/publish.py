@@ -5,9 +5,10 @@ between two micro-batches, so that they fit together; what waits happens on thre
 learning goes on. It decides no score: vectors and weights are in the Manifest.
 
 **Full publish** = a new model version. A copy of both towers and of every item is taken; a new collection is filled,
-its number above all that ever were; the items touched meanwhile are caught up on; the points are counted; canary
-queries find enough of what exact search finds; the version's directory (query tower, Manifest) is put in place; the
-alias is switched. Until then readers see nothing of it. What a cut-off publish leaves is removed before the next one.
+its number above all that ever were; the items touched meanwhile are caught up on; canary queries find enough of what
+exact search finds; the few items touched since are caught up on too, the points are counted, the version's directory
+(query tower, Manifest) is put in place, the alias is switched. Deltas into the version before go on until that last
+step. Until then readers see nothing of the new one. What a cut-off publish leaves is removed before the next one.
 When: as soon as there is an item, also after a restart: a process writes only into collections that it has filled
 itself, so that nothing that an earlier process still has under way can reach the live one. Then after
 `first_publish_interval_seconds`, then after twice as long each time up to `full_publish_interval_seconds`, because the
@@ -57,7 +58,7 @@ from trainer.manifests import manifest_of
 from trainer.metrics import Metrics
 from trainer.model import Model
 from trainer.progress import Progress
-from trainer.rollout import Copy, Delta, Done, Filled, Rollout, Served, Version, start_job
+from trainer.rollout import Checked, Copy, Delta, Done, Filled, Rollout, Served, Version, start_job
 from trainer.staleness import Staleness
 from trainer.waiting import PublishRate, Turn, give_back, take_turn
 
@@ -120,7 +121,8 @@ class Publisher:
         self._served: Served | None = None
         self._full_took = 0.0
         self._fill: Future[Filled] | None = None
-        self._filled: Filled | None = None
+        self._check: Future[Checked] | None = None
+        self._checked: Checked | None = None
         self._switch: Future[Done] | None = None
         self._delta: Future[Done] | None = None
         self._look: Future[Named] | None = None
@@ -144,12 +146,12 @@ class Publisher:
         if self._look is None and now >= self._look_due:
             self._look_due = now + self._settings.publish_interval_seconds
             self._look = start_job(self._rollout.index.named)
-        if self._filled is not None and self._switch is None and self._delta is None:
-            filled, catch_up = self._filled, self._take_catch_up(self._filled.version)
-            self._switch = start_job(lambda: self._rollout.make_live(filled, catch_up))
+        if self._checked is not None and self._switch is None and self._delta is None:
+            checked, rest = self._checked, self._take_catch_up(self._checked.filled.version, self._checked.step)
+            self._switch = start_job(lambda: self._rollout.make_live(checked, rest))
         pinned = None if self._named is None else self._named.pinned
         may_fill = self._named is not None and pinned is None and self._catalogue.num_items
-        if self._fill is None and self._filled is None and now >= self._full_due and may_fill:
+        if not self._is_publishing and now >= self._full_due and may_fill:
             taken, self._full_started = self._take_copy(), now
             self._fill = start_job(lambda: self._rollout.fill(taken))
         is_ours = self.live is not None and pinned in (None, self.live.number)
@@ -167,7 +169,7 @@ class Publisher:
                 self._delta = start_job(lambda: self._rollout.publish_delta(version, delta))
         if self._served is not None and self._staleness.advance(now, self._served, self._manifest):
             due = max(now, self._full_started + self._least_pause)
-            if due < self._full_due and self._fill is None and self._filled is None:
+            if due < self._full_due and not self._is_publishing:
                 self._metrics.early_publishes.inc()
                 self._full_due = due
 
@@ -180,16 +182,20 @@ class Publisher:
     @property
     def idle(self) -> bool:
         """Whether the live version has all that is known, and nothing is under way."""
-        under_way = any(part is not None for part in (self._fill, self._filled, self._switch, self._delta))
         has_all = self.published_step >= self._progress.step and not self._num_left
         has_all &= self._canary == self._canary_told
-        return self.live is not None and not under_way and has_all
+        return self.live is not None and not self._is_publishing and self._delta is None and has_all
+
+    @property
+    def _is_publishing(self) -> bool:
+        """Whether there is a version on its way."""
+        return any(part is not None for part in (self._fill, self._check, self._checked))
 
     def close(self) -> None:
         """Stops what is under way; nothing is lost, for a restart publishes in full."""
         self._stopping.set()
         deadline = time.monotonic() + CLOSE_SECONDS
-        for future in (self._look, self._fill, self._switch, self._delta):
+        for future in (self._look, self._fill, self._check, self._switch, self._delta):
             while future is not None and not future.done() and time.monotonic() < deadline:
                 time.sleep(0.01)
         self._finish(self._rising())
@@ -223,13 +229,13 @@ class Publisher:
             self._model, self._progress, self._settings, self._rollout.index.alias, self._rollout.clock()
         )
 
-    def _take_catch_up(self, version: Version) -> Delta:
-        """All that was touched since the copy of a version that is not live yet."""
+    def _take_catch_up(self, version: Version, step: int) -> Delta:
+        """All that was touched after a step, for a version that is not live yet and has everything up to it."""
         catalogue = self._catalogue
-        rows = np.flatnonzero((catalogue.touched > version.step) & ~catalogue.deleted)
-        is_known = catalogue.added[rows] <= version.step
+        rows = np.flatnonzero((catalogue.touched > step) & ~catalogue.deleted)
+        is_known = catalogue.added[rows] <= step
         rows, num_new = rows[np.argsort(is_known, kind="stable")], int(np.count_nonzero(~is_known))
-        return self._take_delta(version, rows, num_new, version.step)
+        return self._take_delta(version, rows, num_new, step)
 
     def _take_delta(self, version: Version, rows: Int64Array, num_new: int, gone_since: int) -> Delta:
         catalogue, scale = self._catalogue, self._settings.popularity_scale
@@ -271,12 +277,16 @@ class Publisher:
         if self._fill is not None and self._fill.done():
             fill, self._fill = self._fill, None
             if filled := self._result(fill, "full", now):
-                self._filled = filled
                 self._progress.model_version = max(self._progress.model_version, filled.version.number)
-        if self._filled is not None and self._switch is not None and self._switch.done():
-            switch, filled, self._switch, self._filled = self._switch, self._filled, None, None
+                catch_up = self._take_catch_up(filled.version, filled.version.step)
+                self._check = start_job(lambda: self._rollout.check(filled, catch_up))
+        if self._check is not None and self._check.done():
+            check, self._check = self._check, None
+            self._checked = self._result(check, "full", now)
+        if self._checked is not None and self._switch is not None and self._switch.done():
+            switch, checked, self._switch, self._checked = self._switch, self._checked, None, None
             if done := self._result(switch, "full", now):
-                self._went_live(filled, done, now)
+                self._went_live(checked.filled.version, done, now)
 
     def _looked(self, named: Named) -> None:
         if named.pinned and (self._named is None or named.pinned != self._named.pinned):
@@ -286,8 +296,8 @@ class Publisher:
         live = self.live.number if self.live is not None else 0
         self._metrics.index_version.set(named.pinned or live)
 
-    def _went_live(self, filled: Filled, done: Done, now: float) -> None:
-        version = self.live = filled.version
+    def _went_live(self, version: Version, done: Done, now: float) -> None:
+        self.live = version
         if self._canary is not None:
             self._canary_told, self._delta_due = None, now
         self._served = done.served

@@ -136,6 +136,10 @@ class Delta:
     canary: float | None = None
     """Event time of the newest canary, seconds since the epoch."""
 
+    def applied_to(self, item_hash: UInt64Array) -> UInt64Array:
+        """Of which items there are points where these had some before: rising."""
+        return np.setdiff1d(np.union1d(item_hash, self.points.item_hash), self.gone)
+
 
 @dataclass(frozen=True)
 class Served:
@@ -146,6 +150,25 @@ class Served:
     users: Users
     queries: Float32Array
     """[u, D + H] by the version's query tower and weights."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A version that is filled, caught up on and found good, and nobody's yet."""
+
+    filled: Filled
+    manifest: Manifest
+    """With the version's names."""
+    step: int
+    """Up to which it was caught up on."""
+    item_hash: UInt64Array
+    """[n] of its points, rising."""
+    num_points: int
+    """Written so far."""
+    served: Served | None
+    """None: it has no items."""
+    canary_recall: float | None
+    """None: no canary queries are asked."""
 
 
 @dataclass(frozen=True)
@@ -205,28 +228,42 @@ class Rollout:
                 taken.sparse_vectors(part),
             )
             for batch in points.batches(self.settings.publish_batch_points):
-                # Deltas go first: clicks wait for them. Only so long, or deltas without a gap would stop versions.
-                self.no_delta.wait(self.settings.publish_interval_seconds)
+                self._let_deltas_pass()
                 self.index.upsert(number, batch, version.step)
             done += len(embedding)
         return Filled(taken, version, started)
 
-    def make_live(self, filled: Filled, catch_up: Delta) -> Done:
-        """Catches up, checks, puts the directory in place, switches the alias, removes old versions."""
-        number = filled.version.number
-        self._write(number, catch_up)
+    def check(self, filled: Filled, catch_up: Delta) -> Checked:
+        """Catches up on what was touched while it was filled, and asks the canaries. Deltas go on meanwhile."""
+        number, copied = filled.version.number, filled.copy
+        self._write(number, catch_up, self._let_deltas_pass)
         self.index.wait_until_green(number, self.settings.green_seconds)
-        wanted = np.setdiff1d(np.union1d(filled.copy.points.item_hash, catch_up.points.item_hash), catch_up.gone)
-        if (found := self.index.count(number)) != len(wanted):
-            raise IndexAwayError(f"version {number} has {found} points and should have {len(wanted)}")
+        item_hash = catch_up.applied_to(copied.points.item_hash)
         names = {"model_version": number, "collection": collection_name(self.index.alias, number)}
-        manifest = msgspec.structs.replace(filled.copy.manifest, **names)
-        served = self._invent(filled.version, manifest, filled.copy.query_tower, wanted)
+        manifest = msgspec.structs.replace(copied.manifest, **names)
+        served = self._invent(filled.version, manifest, copied.query_tower, item_hash)
         recall = self._ask_canaries(served) if served is not None and self.settings.canary_queries else None
-        self.versions.write(manifest, filled.copy.query_tower)
+        num_points = len(copied.points) + len(catch_up.points)
+        return Checked(filled, manifest, catch_up.step, item_hash, num_points, served, recall)
+
+    def make_live(self, checked: Checked, catch_up: Delta) -> Done:
+        """Catches up on the little that was touched since the check, counts, puts the directory in place, switches the
+        alias, removes old versions. No delta is written meanwhile: it would miss one of the two versions."""
+        filled, number = checked.filled, checked.filled.version.number
+        self._write(number, catch_up)
+        wanted = len(catch_up.applied_to(checked.item_hash))
+        if (found := self.index.count(number)) != wanted:
+            raise IndexAwayError(f"version {number} has {found} points and should have {wanted}")
+        self.versions.write(checked.manifest, filled.copy.query_tower)
         self.index.switch(number)
-        num_points = len(filled.copy.points) + len(catch_up.points)
-        done = Done(catch_up.step, num_points, self.rising() - filled.started, self.clock(), recall, served)
+        done = Done(
+            catch_up.step,
+            checked.num_points + len(catch_up.points),
+            self.rising() - filled.started,
+            self.clock(),
+            checked.canary_recall,
+            checked.served,
+        )
         try:
             self._remove_old(number)
         except (IndexAwayError, CollectionGoneError) as error:
@@ -248,13 +285,19 @@ class Rollout:
             self.no_delta.set()
         return Done(delta.step, len(delta.points), self.rising() - started, self.clock())
 
-    def _write(self, number: int, delta: Delta) -> None:
+    def _let_deltas_pass(self) -> None:
+        # Clicks wait for them. Only so long, or deltas without a gap would stop versions.
+        self.no_delta.wait(self.settings.publish_interval_seconds)
+
+    def _write(self, number: int, delta: Delta, before_each: Callable[[], object] = lambda: None) -> None:
         if len(delta.gone):
             self.index.delete(number, delta.gone, delta.step)
         size = self.settings.publish_batch_points
         for batch in delta.points.part(slice(0, delta.num_new)).batches(size):
+            before_each()
             self.index.upsert(number, batch, delta.step)
         for batch in delta.points.part(slice(delta.num_new, len(delta.points))).batches(size):
+            before_each()
             self.index.upsert(number, batch, delta.step, only_known=True)
         if delta.canary is not None:  # last, so that it tells of the whole delta
             self.index.tell_canary(number, delta.canary, delta.step)

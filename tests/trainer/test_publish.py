@@ -382,6 +382,35 @@ def test_what_is_touched_while_a_version_is_filled_is_in_it_when_it_goes_live(ne
     assert points["b"].payload == {"item_id": "b", "step": 3}
 
 
+def test_deltas_go_on_while_a_version_is_checked_and_it_has_what_they_brought(new: Callable[..., Publishing]) -> None:
+    being_checked, go_on = threading.Event(), threading.Event()
+
+    class Slow(Index):
+        def wait_until_green(self, version: int, seconds: float) -> None:
+            super().wait_until_green(version, seconds)
+            if version == 2:
+                being_checked.set()
+                assert go_on.wait(DEADLINE_SECONDS)
+
+    publishing = new(index_class=Slow)
+    publishing.click("a", "b")
+    publishing.settle()
+    publishing.clock.now += SETTINGS.full_publish_interval_seconds
+    publishing.until(being_checked.is_set)
+    publishing.click("b", "new")
+    publishing.take(ItemChange("a", gone=True))
+    publishing.clock.now += SETTINGS.publish_interval_seconds
+    publishing.until(lambda: publishing.publisher.published_step == publishing.progress.step)
+    assert publishing.live == 1 and publishing.points().keys() == {"b", "new"}
+    publishing.click("late", "b")
+    go_on.set()
+    publishing.until(lambda: publishing.live == 2)
+    points = publishing.points()
+    assert points.keys() == {"b", "new", "late"}
+    assert [points[item].payload["step"] for item in ("b", "new", "late")] == [4, 4, 4]  # type: ignore[index]
+    assert publishing.publisher.published_step == publishing.progress.step
+
+
 def test_filling_a_version_waits_while_a_delta_is_written(new: Callable[..., Publishing]) -> None:
     begun, go_on = threading.Event(), threading.Event()
     order: list[int] = []
@@ -620,7 +649,7 @@ def test_a_version_that_is_filled_while_another_is_pinned_does_not_stay_live(
     publishing.click("b")
     publishing.clock.now += 100.0
     publishing.until(lambda: publishing.value("pinned_version"))
-    publishing.until(lambda: publishing.publisher._filled is None)
+    publishing.until(lambda: not publishing.publisher._is_publishing)
     assert publishing.index.named() == Named(1, 1)
     assert publishing.value("publish_failures_total", kind="full") == 0
 
