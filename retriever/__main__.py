@@ -19,25 +19,15 @@ from collections.abc import Sequence
 
 import structlog
 import torch
-import uvicorn
 import uvloop
 from pydantic import SecretStr
 
-from retriever.arms import Arms
-from retriever.histories import HistoryFollower, HistoryTable
+from retriever.assembly import assemble
+from retriever.histories import HistoryFollower
 from retriever.metrics import Metrics
-from retriever.popular import Popular
-from retriever.retrieve import Retriever
-from retriever.search import Index, make_client
-from retriever.service import create_app
 from retriever.settings import RetrieverSettings
-from retriever.versions import Versions
-from retriever.watch import Watch
 from streams.contract import Topics
 from streams.service import EXIT_BUG, ConfigurationError, load_settings, refuse_to_start, set_up_logs
-
-_GRACE_SECONDS = 4
-"""How long requests under way may go on after a signal."""
 
 log = structlog.get_logger("retriever")
 
@@ -69,22 +59,13 @@ async def _serve(settings: RetrieverSettings, listener: socket.socket) -> int:
     started = time.monotonic()
     exit_code = 0
     metrics = Metrics()
-    key = settings.qdrant_api_key
-    client = make_client(settings.qdrant, key.get_secret_value() if key else None, settings.search_timeout_seconds)
-    index = Index(client, metrics, hnsw_ef=settings.hnsw_ef, timeout_seconds=settings.search_timeout_seconds)
-    versions = Versions(
-        index,
-        settings.alias,
-        settings.model_dir,
-        metrics,
-        max_age_seconds=settings.version_max_age_seconds,
-        second=settings.second_version,
-    )
-    arms = Arms(settings.second_share_ratio, settings.shadow_ratio)
-    popular = Popular(index, settings.fallback_items) if settings.fallback_items else None
-    watch = Watch(versions, index, metrics, popular)
-    histories = HistoryTable(settings.max_users, settings.history_length)
     loop = asyncio.get_running_loop()
+
+    def waits_for() -> str | None:
+        waited = time.monotonic() - started > settings.history_wait_seconds
+        if follower.caught_up.is_set() or waited:
+            return None
+        return "the users' histories are still being read from Kafka"
 
     def crash(error: BaseException) -> None:
         nonlocal exit_code
@@ -96,8 +77,10 @@ async def _serve(settings: RetrieverSettings, listener: socket.socket) -> int:
         if not task.cancelled() and (error := task.exception()):
             crash(error)
 
+    service = assemble(settings, metrics, waits_for)
+    versions, server = service.versions, service.server()
     follower = HistoryFollower(
-        histories,
+        service.histories,
         metrics,
         kafka_config=settings.confluent_config(),
         topic=Topics(settings.topic_prefix).micro_batches,
@@ -107,33 +90,15 @@ async def _serve(settings: RetrieverSettings, listener: socket.socket) -> int:
         on_crash=lambda error: loop.call_soon_threadsafe(crash, error),
     )
 
-    def not_ready() -> str | None:
-        waited = time.monotonic() - started > settings.history_wait_seconds
-        if versions.problem is None and not (follower.caught_up.is_set() or waited):
-            return "the users' histories are still being read from Kafka"
-        return versions.problem
-
-    app = create_app(settings, Retriever(versions, index, histories, metrics, popular, arms), metrics, not_ready)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            timeout_graceful_shutdown=_GRACE_SECONDS,
-        )
-    )
-
     said = False
 
     def say_ready() -> None:
         nonlocal said
-        if not said and versions.served is not None and not_ready() is None:
+        if not said and versions.served is not None and service.not_ready() is None:
             said = True
             log.info("ready", model_version=versions.served.manifest.model_version)
 
-    versions_task = asyncio.create_task(watch.run(settings.version_poll_seconds, say_ready))
+    versions_task = asyncio.create_task(service.watch.run(settings.version_poll_seconds, say_ready))
     versions_task.add_done_callback(on_done)
     follower.start()
     host, port = listener.getsockname()[:2]
@@ -146,7 +111,7 @@ async def _serve(settings: RetrieverSettings, listener: socket.socket) -> int:
     finally:
         versions_task.cancel()
         follower.stop()
-        await client.close()
+        await service.index.close()
         log.info("stopped")
     return exit_code
 

@@ -17,17 +17,19 @@ from retriever.encode import Query
 from trainer.contract import COVISIT, DENSE, ITEM_ID
 
 UInt64Array = npt.NDArray[np.uint64]
+Body = dict[str, Any]
+"""JSON of Qdrant's REST interface: `models.QueryRequest`, or a part of it. Plain, because building the client's models
+takes longer than to write them."""
 
 MAX_OVERFETCH = 2_000
 """Up to so many seen items are searched for and dropped; more are excluded by Qdrant, which costs it more."""
 DENSE_PREFETCH = 2
 """Candidates from the dense vector for each one that is wanted, where both are searched."""
-SPARSE_PREFETCH = 2_000
-"""Least candidates from the sparse vector, where both are searched; four for each one that is wanted, if that is more.
-Where no more items than that share something with the history, the answer is exact: any item outside scores by its
-dense vector alone, and is below the best of those."""
+SPARSE_PREFETCH = 5_000
+"""Least items that the sparse vector gives, where both are searched; four for each one that is wanted, if that is more.
+All other items count as sharing nothing with the history, and few histories have so many that do."""
 NO_SCORE = -1e6
-"""Of a point that the outer dense search lost: none, unless its approximation does."""
+"""Of a point that the rescoring by the dense vector lost: none, unless its approximation does."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class Search:
         return frozenset(self.seen.tolist())
 
 
-def ready_request(search: Search, hnsw_ef: int) -> models.QueryRequest:
+def ready_request(search: Search, hnsw_ef: int) -> Body:
     """Qdrant's request for exactly the k items: seen ones are left out by Qdrant."""
-    return _request(search, search.k, _without(search.filter, search.excluded), hnsw_ef)
+    return _request(search, search.k, search.excluded, hnsw_ef)
 
 
-def overfetching_request(search: Search, hnsw_ef: int) -> models.QueryRequest:
+def overfetching_request(search: Search, hnsw_ef: int) -> Body:
     """Qdrant's request for the k items and those of the seen ones that are among them; cheaper than leaving them out.
 
     Beyond MAX_OVERFETCH seen items it is `ready_request`.
@@ -64,59 +66,54 @@ def overfetching_request(search: Search, hnsw_ef: int) -> models.QueryRequest:
     excluded = search.excluded
     if len(excluded) > MAX_OVERFETCH:
         return ready_request(search, hnsw_ef)
-    return _request(search, search.k + len(excluded), search.filter, hnsw_ef)
+    return _request(search, search.k + len(excluded), frozenset(), hnsw_ef)
 
 
-def _without(filter: models.Filter | None, excluded: frozenset[int]) -> models.Filter | None:
-    if not excluded:
-        return filter
-    ids: list[models.ExtendedPointId] = sorted(excluded)
-    return models.Filter(must=filter and [filter], must_not=[models.HasIdCondition(has_id=ids)])
-
-
-def _request(search: Search, limit: int, narrowed: models.Filter | None, hnsw_ef: int) -> models.QueryRequest:
+def _request(search: Search, limit: int, without: frozenset[int], hnsw_ef: int) -> Body:
     query = search.query
-    vectors = [*([DENSE] if query.dense else []), *([COVISIT] if query.indices else [])]
-    return models.QueryRequest(
-        **_parts(query, limit, narrowed, models.SearchParams(hnsw_ef=hnsw_ef)),
-        limit=limit,
-        with_payload=True if search.with_payload else [ITEM_ID],
-        with_vector=vectors if search.with_vectors else None,
-    )
+    request = _parts(query, limit, _filter(search.filter, without), {"hnsw_ef": hnsw_ef})
+    request |= {"limit": limit, "with_payload": True if search.with_payload else [ITEM_ID]}
+    if search.with_vectors:
+        request["with_vector"] = [*([DENSE] if query.dense else []), *([COVISIT] if query.indices else [])]
+    return request
 
 
-def _parts(query: Query, limit: int, narrowed: models.Filter | None, params: models.SearchParams) -> dict[str, Any]:
+def _filter(wanted: models.Filter | None, without: frozenset[int]) -> Body:
+    """`filter` as a part of a search; nothing where all items will do."""
+    own = None if wanted is None else wanted.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if not without:
+        return {} if own is None else {"filter": own}
+    others = {"must_not": [{"has_id": sorted(without)}]}
+    return {"filter": others if own is None else {"must": [own]} | others}
+
+
+def _parts(query: Query, limit: int, narrowed: Body, params: Body) -> Body:
     """What to search by: the dense vector alone, co-visitation alone, or both by the formula of the score.
 
-    With both, the candidates are the best by each vector. Two prefetches would give wrong scores, for a point that
-    one of them finds lacks the other's; so both are nested in both, and each side scores the union. The union has
-    more candidates than are wanted, because neither order is that of the score.
+    With both, the candidates are the best by each vector: any other item has no co-visitation and scores below the best
+    by the dense vector, so that for a weight of 0 or more an exact search gives the exact answer. The formula adds the
+    scores of two prefetches, and a point that one of them does not find lacks that score. So the first one scores all
+    candidates by the dense vector. The second one may be the sparse search itself: whom it does not find has no
+    co-visitation.
     """
     if not query.indices or query.covisit_weight == 0:
-        return {"query": query.dense, "using": DENSE, "params": params, "filter": narrowed}
-    sparse = models.SparseVector(indices=query.indices, values=query.values)
+        return {"query": query.dense, "using": DENSE, "params": params} | narrowed
+    sparse = {"query": {"indices": query.indices, "values": query.values}, "using": COVISIT} | narrowed
     if not query.dense:
-        alone = models.Prefetch(query=sparse, using=COVISIT, filter=narrowed, limit=limit)
-        return {"prefetch": [alone], "query": models.FormulaQuery(formula=_covisitation(query, "$score[0]"))}
+        return {"prefetch": [sparse | {"limit": limit}], "query": {"formula": _covisitation(query, "$score[0]")}}
     num_dense, num_sparse = DENSE_PREFETCH * limit, max(SPARSE_PREFETCH, 4 * limit)
-    best = [
-        models.Prefetch(query=query.dense, filter=narrowed, limit=num_dense, using=DENSE, params=params),
-        models.Prefetch(query=sparse, using=COVISIT, filter=narrowed, limit=num_sparse),
-    ]
-    union = num_dense + num_sparse
+    dense = {"query": query.dense, "using": DENSE, "params": params}
+    by_covisit = sparse | {"limit": num_sparse}
+    candidates = [dense | narrowed | {"limit": num_dense}, by_covisit]
     return {
-        "prefetch": [
-            models.Prefetch(prefetch=best, query=query.dense, limit=union, using=DENSE, params=params),
-            models.Prefetch(prefetch=best, query=sparse, using=COVISIT, limit=union),
-        ],
-        "query": models.FormulaQuery(
-            formula=models.SumExpression(sum=["$score[0]", _covisitation(query, "$score[1]")]),
-            defaults={"$score[0]": NO_SCORE, "$score[1]": 0.0},
-        ),
+        "prefetch": [dense | {"prefetch": candidates, "limit": num_dense + num_sparse}, by_covisit],
+        "query": {
+            "formula": {"sum": ["$score[0]", _covisitation(query, "$score[1]")]},
+            "defaults": {"$score[0]": NO_SCORE, "$score[1]": 0.0},
+        },
     }
 
 
-def _covisitation(query: Query, score: str) -> models.MultExpression:
+def _covisitation(query: Query, score: str) -> Body:
     """weight · ln(1 + score)"""
-    logarithm = models.LnExpression(ln=models.SumExpression(sum=[1.0, score]))
-    return models.MultExpression(mult=[query.covisit_weight, logarithm])
+    return {"mult": [query.covisit_weight, {"ln": {"sum": [1.0, score]}}]}

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 
 import numpy as np
-from qdrant_client import models
 
 from retriever.encode import ServedVersion
 from retriever.fusion import Search
 from retriever.search import Index, SearchError
+from retriever.transport import Point
 
 
 class Popular:
@@ -21,7 +21,7 @@ class Popular:
     def __init__(self, index: Index, num_items: int) -> None:
         self._index = index
         self._num_items = num_items
-        self.kept: list[models.ScoredPoint] = []
+        self.kept: list[Point] = []
         """Most popular first, with payload and vectors; scores are the popularity part alone."""
 
     async def refresh(self, served: ServedVersion) -> None:

@@ -29,11 +29,15 @@ def pool_size(k: int, diversity: float) -> int:
     return max(k, min(POOL * k, MAX_POOL)) if diversity else k
 
 
-def explain(query: Query, embedding_dim: int, dense: Sequence[float], covisit: Mapping[int, float]) -> Explanation:
-    """The parts of an item's score.
+def explain(
+    query: Query, embedding_dim: int, score: float, dense: Sequence[float], covisit: Mapping[int, float]
+) -> Explanation:
+    """The parts of an item's score. What the item shares with the history may not have counted (see SPARSE_PREFETCH);
+    then it is no part of it.
 
     Args:
         query: that the score answers.
+        score: that is explained.
         embedding_dim: dimensions of the deep embedding, the first of `dense`.
         dense: the item's vector [embedding_dim + popularity_dims].
         covisit: the item's sparse vector, index → value.
@@ -43,11 +47,11 @@ def explain(query: Query, embedding_dim: int, dense: Sequence[float], covisit: M
     common = math.fsum(
         value * covisit.get(index, 0.0) for index, value in zip(query.indices, query.values, strict=True)
     )
-    return Explanation(
-        affinity=float(products[:embedding_dim].sum()),
-        popularity=float(products[embedding_dim:].sum()),
-        covisitation=query.covisit_weight * math.log1p(common),
-    )
+    affinity, popularity = float(products[:embedding_dim].sum()), float(products[embedding_dim:].sum())
+    covisitation = query.covisit_weight * math.log1p(common)
+    without = score - affinity - popularity
+    counted = abs(without - covisitation) <= abs(without)
+    return Explanation(affinity=affinity, popularity=popularity, covisitation=covisitation if counted else 0.0)
 
 
 def diverse(scores: Float32Array, embeddings: Float32Array, k: int, diversity: float) -> Int64Array:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
-from qdrant_client import models
 
 from retriever.arms import Arm, Arms
 from retriever.contract import (
@@ -34,6 +33,7 @@ from retriever.metrics import Metrics
 from retriever.popular import Popular
 from retriever.ranking import diverse, explain, pool_size
 from retriever.search import CollectionGone, Index, IndexUnavailable, SearchError, vectors_of
+from retriever.transport import Point
 from retriever.versions import Versions
 from streams.contract import hash_id, hash_ids
 from trainer.contract import ITEM_ID, STEP
@@ -246,10 +246,9 @@ class Retriever:
         query, served = self._query(request), self._known(await self._versions.current())
         (encoded,) = served.encode([query.asked])
         search = Search(encoded, request.k, query.seen, request.filter, request.with_payload)
-        body = self._index.ready_request(search).model_dump(mode="json", by_alias=True, exclude_none=True)
         return QueryAnswer(
             collection=served.collection,
-            query=body,
+            query=self._index.ready_request(search),
             model_version=served.manifest.model_version,
             user_known=query.known,
             history_source=query.source,
@@ -345,7 +344,7 @@ def _search_of(asked: _Asked, encoded: Query) -> Search:
 
 
 def _told(
-    served: ServedVersion, request: CandidatesRequest, search: Search, points: Sequence[models.ScoredPoint]
+    served: ServedVersion, request: CandidatesRequest, search: Search, points: Sequence[Point]
 ) -> list[Candidate]:
     """What the caller is told of the points, best first."""
     dim = served.manifest.embedding_dim
@@ -353,14 +352,16 @@ def _told(
         scores = np.array([point.score for point in points], np.float32)
         embeddings = np.array([vectors_of(point)[0][:dim] for point in points], np.float32)
         points = [points[place] for place in diverse(scores, embeddings, request.k, request.diversity).tolist()]
-    explanations = [explain(search.query, dim, *vectors_of(point)) if request.explain else None for point in points]
+    explanations = [
+        explain(search.query, dim, point.score, *vectors_of(point)) if request.explain else None for point in points
+    ]
     return [
         _candidate(point, explanation, with_payload=request.with_payload)
         for point, explanation in zip(points, explanations, strict=True)
     ]
 
 
-def _candidate(point: models.ScoredPoint, explanation: Explanation | None = None, *, with_payload: bool) -> Candidate:
+def _candidate(point: Point, explanation: Explanation | None = None, *, with_payload: bool) -> Candidate:
     payload = point.payload or {}
     shown = {key: value for key, value in payload.items() if key not in (ITEM_ID, STEP)} if with_payload else None
     return Candidate.model_construct(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import httpx
 import numpy as np
@@ -24,8 +24,9 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from retriever.fusion import Search, overfetching_request, ready_request
+from retriever.fusion import Body, Search, overfetching_request, ready_request
 from retriever.metrics import Metrics
+from retriever.transport import KEPT_SECONDS, MAX_CONNECTIONS, Point, Transport
 from trainer.contract import COVISIT, DENSE, ITEM_ID, STEP
 
 UInt64Array = npt.NDArray[np.uint64]
@@ -54,30 +55,45 @@ class IndexUnavailable(SearchError):
     """Qdrant did not answer within the deadline, or lets nobody in."""
 
 
-def make_client(url: str, api_key: str | None, timeout_seconds: float) -> AsyncQdrantClient:
-    """A client that keeps connections and asks for plain answers: compressed ones cost 44 ms each."""
-    return AsyncQdrantClient(
-        url=url,
-        api_key=api_key,
-        timeout=max(1, round(timeout_seconds)),
-        headers={"accept-encoding": "identity"},
-        limits=httpx.Limits(max_connections=64, max_keepalive_connections=64, keepalive_expiry=30.0),
-    )
-
-
 class Index:
     """The calls to Qdrant. Every one ends within `timeout_seconds`, retries included."""
 
-    def __init__(self, client: AsyncQdrantClient, metrics: Metrics, *, hnsw_ef: int, timeout_seconds: float) -> None:
-        self._client = client
+    def __init__(
+        self, url: str, api_key: str | None, metrics: Metrics, *, hnsw_ef: int, timeout_seconds: float
+    ) -> None:
+        """
+        Args:
+            url: of Qdrant's REST interface.
+            api_key: sent with every request; None: nothing.
+            metrics: see there.
+            hnsw_ef: candidates that an HNSW search looks at.
+            timeout_seconds: see above, > 0.
+        """
+        self._client = AsyncQdrantClient(
+            url=url,
+            api_key=api_key,
+            timeout=max(1, round(timeout_seconds)),
+            headers={"accept-encoding": "identity"},  # compressed answers cost 44 ms more each
+            check_compatibility=False,  # the trainer's client does
+            limits=httpx.Limits(
+                max_connections=MAX_CONNECTIONS,
+                max_keepalive_connections=MAX_CONNECTIONS,
+                keepalive_expiry=KEPT_SECONDS,
+            ),
+        )
+        self._transport = Transport(self._client.http.client.host, api_key)
         self._metrics = metrics
         self._hnsw_ef = hnsw_ef
         self._timeout_seconds = timeout_seconds
 
+    async def close(self) -> None:
+        """Ends the connections."""
+        await self._client.close()
+        await self._transport.close()
+
     async def collection_of(self, alias: str) -> str | None:
         """The collection that the alias points at, or None where there is no such alias."""
-        answer = await self._call(self._client.get_aliases)
-        return next((entry.collection_name for entry in answer.aliases if entry.alias_name == alias), None)
+        return (await self._call(self._transport.aliases)).get(alias)
 
     async def vector_size(self, collection: str) -> int | None:
         """Dimensions of the collection's vector `dense`, or None where it has none."""
@@ -85,7 +101,7 @@ class Index:
         vectors = answer.config.params.vectors
         return vectors[DENSE].size if isinstance(vectors, dict) and DENSE in vectors else None
 
-    async def search(self, collection: str, searches: Sequence[Search]) -> list[list[models.ScoredPoint]]:
+    async def search(self, collection: str, searches: Sequence[Search]) -> list[list[Point]]:
         """For each search its items of the highest score, best first; all in one call.
 
         Args:
@@ -97,38 +113,21 @@ class Index:
         """
         requests = [overfetching_request(search, self._hnsw_ef) for search in searches]
         try:
-            answers = await self._call(lambda: self._query(collection, requests))
+            answers = await self._call(lambda: self._transport.search(collection, requests))
         except QueryRefused as error:
             if all(search.filter is None for search in searches):
                 raise
             raise FilterRefused(str(error)) from error
-        return [self._kept(answer.points, search) for answer, search in zip(answers, searches, strict=True)]
+        return [self._kept(points, search) for points, search in zip(answers, searches, strict=True)]
 
-    async def _query(self, collection: str, requests: list[models.QueryRequest]) -> list[models.QueryResponse]:
-        if len(requests) > 1:
-            return await self._client.query_batch_points(collection, requests)
-        (one,) = requests
-        answer = await self._client.query_points(
-            collection,
-            query=one.query,
-            using=one.using,
-            prefetch=one.prefetch,
-            query_filter=one.filter,
-            search_params=one.params,
-            limit=one.limit or 0,
-            with_payload=one.with_payload or False,
-            with_vectors=one.with_vector or False,
-        )
-        return [answer]
-
-    def ready_request(self, search: Search) -> models.QueryRequest:
+    def ready_request(self, search: Search) -> Body:
         """What `search` would send for a caller who sends it themselves; seen items are left out by Qdrant."""
         return ready_request(search, self._hnsw_ef)
 
-    def _kept(self, points: Sequence[models.ScoredPoint], search: Search) -> list[models.ScoredPoint]:
+    def _kept(self, points: Sequence[Point], search: Search) -> list[Point]:
         """Without seen ones, k at most, and of those the ones that are items of ours."""
         excluded = search.excluded
-        kept: list[models.ScoredPoint] = []
+        kept: list[Point] = []
         for point in points:
             if len(kept) == search.k:
                 break
@@ -181,7 +180,8 @@ class Index:
         points = await self._call(
             lambda: self._client.retrieve(collection, ids=wanted, with_payload=False, with_vectors=[DENSE])
         )
-        return {int(point.id): vectors_of(point)[0] for point in points}
+        vectors = {int(point.id): (point.vector or {})[DENSE] for point in points}  # type: ignore[call-overload]
+        return cast(dict[int, list[float]], vectors)
 
     async def _call(self, call: Callable[[], Awaitable[AnswerT]]) -> AnswerT:
         """The call's answer, tried again while time is left and the error may pass."""
@@ -207,11 +207,11 @@ class Index:
             raise IndexUnavailable(f"Qdrant did not answer within {self._timeout_seconds:g} s ({reason})") from None
 
 
-def vectors_of(point: models.ScoredPoint | models.Record) -> tuple[list[float], dict[int, float]]:
+def vectors_of(point: Point) -> tuple[list[float], dict[int, float]]:
     """A point's dense vector, and its co-visitation by index; empty where it has none, or none was asked for."""
-    vectors: Any = point.vector if isinstance(point.vector, dict) else {}
+    vectors = point.vector or {}
     sparse = vectors.get(COVISIT)
-    covisit = {} if sparse is None else dict(zip(sparse.indices, sparse.values, strict=True))
+    covisit = {} if sparse is None else dict(zip(sparse["indices"], sparse["values"], strict=True))
     return vectors.get(DENSE, []), covisit
 
 

@@ -13,21 +13,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import uvicorn
 import uvloop
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from retriever.arms import Arms
+from retriever.assembly import Assembly, assemble
 from retriever.histories import HistoryTable
 from retriever.metrics import Metrics
-from retriever.popular import Popular
-from retriever.retrieve import Retriever
-from retriever.search import Index, make_client
-from retriever.service import create_app
 from retriever.settings import RetrieverSettings
 from retriever.versions import Versions
-from retriever.watch import Watch
 
 DEADLINE_SECONDS = 20.0
 
@@ -47,11 +40,19 @@ class Running:
     """A retriever that answers at `http.base_url`."""
 
     http: httpx.Client
-    table: HistoryTable
-    metrics: Metrics
-    versions: Versions
-    app: FastAPI
-    popular: Popular | None
+    service: Assembly
+
+    @property
+    def table(self) -> HistoryTable:
+        return self.service.histories
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.service.metrics
+
+    @property
+    def versions(self) -> Versions:
+        return self.service.versions
 
     def ask(self, **body: Any) -> dict[str, Any]:
         """The answer to a request for candidates, which must succeed."""
@@ -75,40 +76,21 @@ class Running:
 
 @contextmanager
 def running(settings: RetrieverSettings) -> Iterator[Running]:
-    """Starts it, with the wiring of `retriever.__main__` save the stream and the signals; ends it afterwards."""
-    metrics = Metrics(CollectorRegistry())
-    table = HistoryTable(settings.max_users, settings.history_length)
+    """Starts what `python -m retriever` runs, without the stream and the signals; ends it afterwards."""
     listener = socket.create_server(("127.0.0.1", 0))
     started = threading.Event()
-    ends: list[Callable[[], None]] = []
-    made: list[Any] = []
+    made: list[tuple[Assembly, Callable[[], object]]] = []
 
     async def serve() -> None:
-        client = make_client(settings.qdrant, None, settings.search_timeout_seconds)
-        index = Index(client, metrics, hnsw_ef=settings.hnsw_ef, timeout_seconds=settings.search_timeout_seconds)
-        versions = Versions(
-            index,
-            settings.alias,
-            settings.model_dir,
-            metrics,
-            max_age_seconds=settings.version_max_age_seconds,
-            second=settings.second_version,
-        )
-        arms = Arms(settings.second_share_ratio, settings.shadow_ratio)
-        popular = Popular(index, settings.fallback_items) if settings.fallback_items else None
-        watch = Watch(versions, index, metrics, popular)
-        retriever = Retriever(versions, index, table, metrics, popular, arms)
-        app = create_app(settings, retriever, metrics, lambda: versions.problem)
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+        service = assemble(settings, Metrics(CollectorRegistry()))
+        server = service.server()
         loop = asyncio.get_running_loop()
-        ends.append(lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True) and None)
-        made.extend([versions, app, popular])
-
-        following = asyncio.create_task(watch.run(settings.version_poll_seconds))
+        made.append((service, lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True)))
+        following = asyncio.create_task(service.watch.run(settings.version_poll_seconds))
         started.set()
         await server.serve(sockets=[listener])
         following.cancel()
-        await client.close()
+        await service.index.close()
 
     def run() -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -120,9 +102,9 @@ def running(settings: RetrieverSettings) -> Iterator[Running]:
         assert started.wait(DEADLINE_SECONDS)
         port = listener.getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http:
-            yield Running(http, table, metrics, *made)
+            yield Running(http, made[0][0])
     finally:
-        for end in ends:
+        for _, end in made:
             end()
         thread.join(DEADLINE_SECONDS)
         assert not thread.is_alive()

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
 
+from retriever import fusion
 from retriever.contract import MAX_BATCH, MAX_K, MAX_SIMILAR
-from retriever.ranking import diverse
+from retriever.encode import Query
+from retriever.ranking import diverse, explain
 from streams.contract import hash_id
 from tests.retriever.published import CONFIG, POPULARITY_SCALE, WEIGHTS, Published, Publisher
 from tests.retriever.running import Running, Wire
@@ -53,6 +55,30 @@ def test_the_parts_of_each_score_are_told_and_sum_to_it(
         assert parts["popularity"] == pytest.approx(whole[item] - without[item], rel=1e-4, abs=1e-4)
     assert any(candidate["explanation"]["covisitation"] > 0.1 for candidate in answer["candidates"])
     assert "explanation" not in retriever.ask(history=history)["candidates"][0]
+
+
+def test_co_visitation_counts_for_the_items_that_share_most(
+    retriever: Running, published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four items for each candidate that is wanted, where that is more than SPARSE_PREFETCH."""
+    monkeypatch.setattr(fusion, "SPARSE_PREFETCH", 0)
+    history = ["item-3", "item-9", "item-20"]
+    bare = published.scores(history=history, covisit_weighed=False)
+    gain = {item: score - bare[item] for item, score in published.scores(history=history).items()}
+    counted = sorted(gain, key=gain.__getitem__)[-8:]
+    expected = {item: score + (gain[item] if item in counted else 0.0) for item, score in bare.items()}
+    best = sorted(expected.items(), key=lambda pair: -pair[1])[:2]
+    answer = retriever.ask(history=history, exclude_seen=False, k=2, explain=True)
+    assert_ranked(answer, best)
+    assert sum(value > 1e-3 for value in gain.values()) > 20
+    for candidate in answer["candidates"]:
+        assert sum(candidate["explanation"].values()) == pytest.approx(candidate["score"], abs=1e-4)
+
+
+def test_a_part_that_did_not_count_is_not_told() -> None:
+    query = Query(dense=[1.0, 2.0], indices=[7], values=[0.5], covisit_weight=2.0)
+    told = [explain(query, 1, score, [3.0, -1.0], {7: 4.0}).covisitation for score in (1.0, 1.0 + 2 * np.log(3))]
+    assert told == pytest.approx([0.0, 2 * np.log(3)])
 
 
 def test_without_a_history_nothing_comes_of_co_visitation(retriever: Running, published: Published) -> None:

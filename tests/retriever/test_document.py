@@ -85,7 +85,7 @@ def test_the_document_describes_every_route(alone: Running, document: dict[str, 
         ("GET", "/metrics"),
         ("GET", "/openapi.json"),
     }
-    assert len(alone.app.routes) == len(described)
+    assert len(alone.service.app.routes) == len(described)
     for path, entry in document["paths"].items():
         for operation in entry.values():
             assert operation["description"], path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,8 +60,8 @@ def test_the_pool_is_four_times_what_is_wanted_within_bounds() -> None:
 
 def test_the_parts_of_a_score_are_what_they_are_called() -> None:
     query = Query(dense=[1.0, 2.0, 10.0], indices=[5, 7], values=[0.5, 0.25], covisit_weight=2.0)
-    parts = explain(query, 2, [0.5, 0.25, -0.1], {7: 4.0, 9: 100.0})
+    parts = explain(query, 2, 2 * math.log(2), [0.5, 0.25, -0.1], {7: 4.0, 9: 100.0})
     assert parts.affinity == 1.0
     assert parts.popularity == -1.0
     assert parts.covisitation == pytest.approx(2 * np.log(2))
-    assert explain(Query([1.0, 0.0], [], [], 0.0), 1, [0.25, 3.0], {}).covisitation == 0.0
+    assert explain(Query([1.0, 0.0], [], [], 0.0), 1, 0.25, [0.25, 3.0], {}).covisitation == 0.0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import re
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import httpx
 import numpy as np
 import pytest
-from qdrant_client import AsyncQdrantClient, models
+from qdrant_client import models
 
 from retriever.encode import Query
 from retriever.fusion import Search
@@ -27,43 +30,65 @@ T = TypeVar("T")
 NO_ITEMS = np.zeros(0, np.uint64)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a server sends; `status` 0: it closes the connection instead, −1: it never answers."""
+
+    status: int
+    content: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+
+
 class Scripted:
-    """Answers one request after the other from a list; the last one for ever."""
+    """A server that answers one request after the other from a list; the last one for ever."""
 
-    def __init__(self, *answers: Callable[[], httpx.Response]) -> None:
+    def __init__(self, *answers: Answer) -> None:
         self.answers = list(answers)
-        self.requests: list[httpx.Request] = []
+        self.requests: list[bytes] = []
+        """Bodies."""
+        self.connections: list[asyncio.Task[None]] = []
 
-    async def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.requests.append(request)
-        made = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        answer = made()
-        return await answer if asyncio.iscoroutine(answer) else answer
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.connections.append(task)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                answer = self._next(body)
+                if answer.status == -1:
+                    await reader.read()
+                if answer.status <= 0:
+                    break
+                told = {"content-length": str(len(answer.content)), **answer.headers}
+                lines = [f"HTTP/1.1 {answer.status} Told", *(f"{name}: {value}" for name, value in told.items())]
+                writer.write("\r\n".join([*lines, "\r\n"]).encode() + answer.content)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+    def _next(self, body: bytes) -> Answer:
+        self.requests.append(body)
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
-def error(status: int, message: str, **headers: str) -> Callable[[], httpx.Response]:
+def error(status: int, message: str, **headers: str) -> Answer:
     """An error as Qdrant tells it."""
-    return lambda: httpx.Response(status, json={"status": {"error": message}, "time": 0.0}, headers=headers)
+    return Answer(status, json.dumps({"status": {"error": message}, "time": 0.0}).encode(), headers)
 
 
-def found(*points: dict[str, Any]) -> Callable[[], httpx.Response]:
-    return lambda: httpx.Response(200, json={"result": {"points": list(points)}, "status": "ok", "time": 0.0})
+def found(*points: dict[str, Any]) -> Answer:
+    return Answer(200, json.dumps({"result": {"points": points}, "status": "ok", "time": 0.0}).encode())
 
 
 def point(number: int, **payload: object) -> dict[str, Any]:
     return {"id": number, "version": 1, "score": float(number), "payload": payload}
 
 
-def refuse() -> httpx.Response:
-    raise httpx.ConnectError("connection refused")
-
-
-def hang() -> Any:
-    async def forever() -> httpx.Response:
-        await asyncio.sleep(3_600)
-        raise AssertionError
-
-    return forever()
+CLOSE = Answer(0, b"")
+HANG = Answer(-1, b"")
 
 
 def on_index(
@@ -73,13 +98,15 @@ def on_index(
     metrics = Metrics()
 
     async def run() -> T:
-        client = AsyncQdrantClient(
-            url="http://qdrant:6333", transport=httpx.MockTransport(qdrant), check_compatibility=False
-        )
+        server = await asyncio.start_server(qdrant.serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        index = Index(url, None, metrics, hnsw_ef=64, timeout_seconds=timeout_seconds)
         try:
-            return await work(Index(client, metrics, hnsw_ef=64, timeout_seconds=timeout_seconds))
+            return await work(index)
         finally:
-            await client.close()
+            await index.close()
+            server.close()
+            await asyncio.gather(*qdrant.connections)
 
     return asyncio.run(run()), metrics
 
@@ -97,10 +124,8 @@ def retries(metrics: Metrics) -> float:
     return metrics.registry.get_sample_value("streamtower_retriever_qdrant_retries_total") or 0.0
 
 
-@pytest.mark.parametrize(
-    "passing", [refuse, error(500, "x"), error(503, "x"), error(429, "slow down"), error(408, "x")]
-)
-def test_an_error_that_may_pass_is_tried_again(passing: Callable[[], httpx.Response]) -> None:
+@pytest.mark.parametrize("passing", [CLOSE, error(500, "x"), error(503, "x"), error(429, "slow down"), error(408, "x")])
+def test_an_error_that_may_pass_is_tried_again(passing: Answer) -> None:
     candidates, metrics = on_index(search, Scripted(passing, passing, found(point(1, item_id="a"))), 5)
     assert (item_ids(candidates), candidates[0].score) == (["a"], 1.0)
     assert retries(metrics) == 2
@@ -114,13 +139,13 @@ def test_an_overloaded_qdrant_that_says_when_to_come_back_is_tried_again() -> No
 @pytest.mark.parametrize(
     ("failing", "reason"),
     [
-        (refuse, "ConnectError: connection refused"),
+        (CLOSE, "ServerDisconnectedError: Server disconnected"),
         (error(500, "out of memory"), "500: out of memory"),
-        (lambda: httpx.Response(502, text="<html>bad gateway"), "502: <html>bad gateway"),
-        (hang, "no answer"),
+        (Answer(502, b"<html>bad gateway"), "502: <html>bad gateway"),
+        (HANG, "no answer"),
     ],
 )
-def test_the_deadline_bounds_every_try(failing: Callable[[], httpx.Response], reason: str) -> None:
+def test_the_deadline_bounds_every_try(failing: Answer, reason: str) -> None:
     with pytest.raises(IndexUnavailable, match=r"Qdrant did not answer within 0.2 s \(.*\)") as raised:
         on_index(search, Scripted(failing), timeout_seconds=0.2)
     assert reason in str(raised.value)
@@ -131,11 +156,11 @@ def test_the_deadline_bounds_every_try(failing: Callable[[], httpx.Response], re
     [
         (error(404, "Not found: Collection `items__v1` doesn't exist!"), CollectionGone),
         (error(400, "Wrong input: Vector dimension error: expected dim: 4, got 2"), QueryRefused),
-        (lambda: httpx.Response(401, text="Must provide an API key"), IndexUnavailable),
+        (Answer(401, b"Must provide an API key"), IndexUnavailable),
         (error(403, "Forbidden"), IndexUnavailable),
     ],
 )
-def test_an_error_that_stays_is_told_at_once(failing: Callable[[], httpx.Response], kind: type[SearchError]) -> None:
+def test_an_error_that_stays_is_told_at_once(failing: Answer, kind: type[SearchError]) -> None:
     qdrant = Scripted(failing)
     with pytest.raises(SearchError) as raised:
         on_index(search, qdrant)
@@ -151,7 +176,7 @@ def test_a_refusal_is_the_filters_where_there_is_one() -> None:
 
 @pytest.mark.parametrize("answer", ["<html>hello", '{"result": 3}', '{"result": {"points": [{"id": 1.5}]}}', "[]"])
 def test_an_answer_that_is_not_qdrants_is_told_at_once(answer: str) -> None:
-    qdrant = Scripted(lambda: httpx.Response(200, text=answer))
+    qdrant = Scripted(Answer(200, answer.encode()))
     with pytest.raises(IndexUnavailable, match="what answers is not Qdrant"):
         on_index(search, qdrant)
     assert len(qdrant.requests) == 1
@@ -161,7 +186,7 @@ def test_seen_items_are_overfetched_and_dropped_in_order() -> None:
     qdrant = Scripted(found(*(point(number, item_id=str(number)) for number in (9, 8, 7, 6))))
     candidates, _ = on_index(lambda index: search(index, seen=np.array([8, 8, 5], np.uint64)), qdrant)
     assert item_ids(candidates) == ["9", "7"]
-    assert b'"limit":4' in qdrant.requests[0].content
+    assert b'"limit":4' in qdrant.requests[0]
 
 
 def test_ids_over_63_bits_are_recognised() -> None:

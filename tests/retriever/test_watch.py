@@ -42,8 +42,8 @@ def test_while_qdrant_is_away_popular_items_are_the_marked_answer(
     popular = most_popular(published)
     seen = [item for item, _ in popular[:2]]
     assert with_fallback.ask(user_id="u")["fallback"] is None
-    assert with_fallback.popular is not None
-    wait_until(lambda: with_fallback.popular.kept, "popular items are kept")  # type: ignore[union-attr]
+    assert with_fallback.service.popular is not None
+    wait_until(lambda: with_fallback.service.popular.kept, "popular items are kept")  # type: ignore[union-attr]
     wire.cut()
     answer = with_fallback.ask(history=seen, k=5, with_payload=True, explain=True, diversity=0.5)
     assert answer["fallback"] == "popularity"
