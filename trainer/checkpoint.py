@@ -16,6 +16,7 @@ ones are kept as checkpoints: if one is damaged, there is one before.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import threading
@@ -123,7 +124,7 @@ class Checkpoints:
         self._metrics = metrics
         self._keep = keep
         self._clock, self._rising = clock, rising
-        self._interval, self._last = interval_seconds, rising()
+        self._interval, self._last = interval_seconds, -math.inf
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._written: Progress | None = None
@@ -189,12 +190,13 @@ class Checkpoints:
         if (state := self.load()) is None:
             return None
         model.load_state_dict(state.model)
-        self._full, self._since = state.full, state.since
+        self._full, self._since, self._last = state.full, state.since, self._rising()
         return state.progress
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a checkpoint and the one before is written."""
+        """Whether it is time for a checkpoint and the one before is written. The first of a new model is at once: it
+        is full, and to copy all its tables later would hold up clicks."""
         return self._thread is None and self._rising() >= self._last + self._interval
 
     def save(self, progress: Progress, model: HasState) -> None:
