@@ -17,8 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from qdrant_client import QdrantClient, models
+from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from streamtower.versions import PublishedVersions, Version, VersionsError, named_errors
+from streamtower.qdrant import QdrantAwayError
+from streamtower.versions import PublishedVersions, Version, VersionsError
 from trainer.contract import COVISIT, DENSE, ITEM_ID, MANIFEST_FILE, QUERY_TOWER_FILE, STEP, version_directory
 
 ITEMS_FILE = "items.parquet"
@@ -26,13 +29,13 @@ PAGE_ITEMS = 1_000
 
 
 def export(
-    client: QdrantClient, alias: str, model_dir: Path, directory: Path, number: int | None
+    client: QdrantClient, versions: PublishedVersions, model_dir: Path, directory: Path, number: int | None
 ) -> tuple[Version, int]:
     """Exports a version; None: the live one. Returns it, and the number of its items.
 
     Args:
         client: of Qdrant.
-        alias: names the live version.
+        versions: in that Qdrant.
         model_dir: of the published versions.
         directory: new, or empty.
         number: of the version.
@@ -44,10 +47,10 @@ def export(
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise VersionsError(f"{directory} is not an empty directory, so that no two versions mix")
-    versions = PublishedVersions(client, alias, model_dir).all()
-    chosen = [version for version in versions if (version.is_live if number is None else version.number == number)]
+    found = versions.all()
+    chosen = [version for version in found if (version.is_live if number is None else version.number == number)]
     if not chosen or not chosen[0].is_whole:
-        whole = ", ".join(str(version.number) for version in versions if version.is_whole) or "none"
+        whole = ", ".join(str(version.number) for version in found if version.is_whole) or "none"
         what = "no whole version is live" if number is None else f"there is no whole version {number}"
         raise VersionsError(f"{what}; whole versions are: {whole}")
     version = chosen[0]
@@ -58,10 +61,12 @@ def export(
     num_items, offset = 0, None
     with pq.ParquetWriter(directory / ITEMS_FILE, schema) as writer:
         while True:
-            with named_errors():
+            try:
                 records, offset = client.scroll(
                     manifest.collection, limit=PAGE_ITEMS, offset=offset, with_payload=True, with_vectors=True
                 )
+            except (ResponseHandlingException, ResourceExhaustedResponse, UnexpectedResponse) as error:
+                raise QdrantAwayError(f"Qdrant does not answer: {error}") from error
             # The canary has no vectors, and is no item.
             items = [record for record in records if isinstance(record.vector, dict) and DENSE in record.vector]
             if items:

@@ -13,7 +13,17 @@ import typer
 
 from streamtower.connection import EXIT_FAILURE
 from streamtower.options import fail
-from streamtower.versions_command import MODELS, URL, Alias, AsJson, Key, ModelDir, Qdrant, qdrant_client
+from streamtower.versions_command import (
+    MODELS,
+    URL,
+    Alias,
+    AsJson,
+    Key,
+    ModelDir,
+    Qdrant,
+    published_versions,
+    qdrant_client,
+)
 
 
 def export(
@@ -28,9 +38,12 @@ def export(
     """Write a version's items and vectors (Parquet), query tower (safetensors) and Manifest for other vector tools."""
     from streamtower.export import export as export_version
 
-    with qdrant_client(qdrant, api_key) as client:
+    with (
+        qdrant_client(qdrant, api_key) as client,
+        published_versions(qdrant, api_key, alias, model_dir) as versions,
+    ):
         try:
-            exported, num_items = export_version(client, alias, model_dir, directory, version)
+            exported, num_items = export_version(client, versions, model_dir, directory, version)
         except OSError as error:
             fail(f"{directory} cannot be written: {error}", EXIT_FAILURE)
     if as_json:

@@ -6,16 +6,11 @@ whole if it has its collection in Qdrant and its Manifest in the model directory
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdrant_client import QdrantClient
-from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
-from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
-
-from trainer.aliases import named_by, switch, versions_in
+from streamtower.qdrant import Qdrant
+from trainer.aliases import actions_to, named_among, versions_among
 from trainer.contract import (
     CHECKSUM_FILE,
     Manifest,
@@ -29,10 +24,6 @@ from trainer.contract import (
 
 class VersionsError(RuntimeError):
     """What was asked for cannot be done: says why, and what there is."""
-
-
-class QdrantAwayError(RuntimeError):
-    """Qdrant does not answer, or lets nobody in."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +47,8 @@ class Version:
 class PublishedVersions:
     """The versions of one alias."""
 
-    def __init__(self, client: QdrantClient, alias: str, model_dir: Path) -> None:
-        self._client, self._alias, self._model_dir = client, alias, model_dir
+    def __init__(self, qdrant: Qdrant, alias: str, model_dir: Path) -> None:
+        self._qdrant, self._alias, self._model_dir = qdrant, alias, model_dir
 
     def all(self) -> list[Version]:
         """All that there are, rising.
@@ -65,13 +56,10 @@ class PublishedVersions:
         Raises:
             QdrantAwayError: it does not answer.
         """
-        with named_errors():
-            named, collections = named_by(self._client, self._alias), versions_in(self._client, self._alias)
-            directories = [int(p.name[1:]) for p in self._model_dir.glob("v[0-9]*") if p.name[1:].isdecimal()]
-            counts = {
-                number: self._client.count(collection_name(self._alias, number), exact=True).count
-                for number in collections
-            }
+        named = named_among(self._qdrant.aliases(), self._alias)
+        collections = versions_among(self._qdrant.collections(), self._alias)
+        directories = [int(p.name[1:]) for p in self._model_dir.glob("v[0-9]*") if p.name[1:].isdecimal()]
+        counts = {number: self._qdrant.count(collection_name(self._alias, number)) for number in collections}
         return [
             Version(number, number == named.live, number == named.pinned, counts.get(number), self._manifest(number))
             for number in sorted({*collections, *directories})
@@ -95,8 +83,7 @@ class PublishedVersions:
         checksum = directory / CHECKSUM_FILE
         if checksum.exists() and checksum.read_text() != version_checksum(directory):
             raise VersionsError(f"version {target} is damaged: {directory} contradicts its checksum")
-        with named_errors():
-            switch(self._client, self._alias, target, pin=number is not None)
+        self._qdrant.change_aliases(actions_to(self._qdrant.aliases(), self._alias, target, pin=number is not None))
         return versions[target]
 
     def rollback(self) -> Version:
@@ -121,14 +108,3 @@ class PublishedVersions:
         except ManifestError:
             return None
         return manifest if manifest.collection == collection_name(self._alias, number) else None
-
-
-@contextmanager
-def named_errors() -> Iterator[None]:
-    """Turns what the client raises into QdrantAwayError."""
-    try:
-        yield
-    except (ResponseHandlingException, ResourceExhaustedResponse) as error:
-        raise QdrantAwayError(f"Qdrant does not answer: {error}") from error
-    except UnexpectedResponse as error:
-        raise QdrantAwayError(f"Qdrant answers {error.status_code}: {error.reason_phrase}") from error

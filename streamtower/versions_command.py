@@ -46,7 +46,7 @@ def list_versions(
     as_json: AsJson = False,
 ) -> None:
     """Show every version: how old, how many items, how well its model foresaw the clicks when it was made."""
-    with _versions(qdrant, api_key, alias, model_dir) as versions:
+    with published_versions(qdrant, api_key, alias, model_dir) as versions:
         found = versions.all()
     if as_json:
         print(json.dumps({"schema": "streamtower.versions/1", "versions": [_plain(version) for version in found]}))
@@ -66,7 +66,7 @@ def show(
     model_dir: ModelDir = MODELS,
 ) -> None:
     """Print a version and its whole Manifest as one JSON document."""
-    with _versions(qdrant, api_key, alias, model_dir) as versions:
+    with published_versions(qdrant, api_key, alias, model_dir) as versions:
         found = [version for version in versions.all() if version.number == number]
     if not found:
         fail(f"there is no version {number}", EXIT_FAILURE)
@@ -86,7 +86,7 @@ def promote(
     """Make a version live at once. A number stays live, and the trainer publishes no other, until `promote latest`."""
     if version != "latest" and not version.isdecimal():
         fail(f"promote takes the number of a version, or latest, not {version!r}", EXIT_USAGE)
-    with _versions(qdrant, api_key, alias, model_dir) as versions:
+    with published_versions(qdrant, api_key, alias, model_dir) as versions:
         promoted = versions.promote(None if version == "latest" else int(version))
     _say(promoted, pinned=version != "latest", as_json=as_json)
 
@@ -100,37 +100,52 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Make the version before the live one live at once, and keep it so until `promote latest`."""
-    with _versions(qdrant, api_key, alias, model_dir) as versions:
+    with published_versions(qdrant, api_key, alias, model_dir) as versions:
         promoted = versions.rollback()
     _say(promoted, pinned=True, as_json=as_json)
 
 
 @contextmanager
-def qdrant_client(url: str, api_key: str | None) -> Iterator[QdrantClient]:
-    """A client of Qdrant; what it cannot do becomes a line on stderr and an exit code."""
-    from qdrant_client import QdrantClient
+def _exit_codes() -> Iterator[None]:
+    """Turns what cannot be done with Qdrant or with a version into a line on stderr and an exit code."""
+    from streamtower.qdrant import QdrantAwayError
+    from streamtower.versions import VersionsError
 
-    from streamtower.versions import QdrantAwayError, VersionsError
-
-    client = QdrantClient(
-        url=url, api_key=api_key, headers={"accept-encoding": "identity"}, check_compatibility=False, timeout=10
-    )
     try:
-        yield client
+        yield
     except QdrantAwayError as error:
         fail(str(error), EXIT_DEPENDENCY)
     except VersionsError as error:
         fail(str(error), EXIT_FAILURE)
-    finally:
-        client.close()
 
 
 @contextmanager
-def _versions(qdrant: str, api_key: str | None, alias: str, model_dir: Path) -> Iterator[PublishedVersions]:
+def published_versions(qdrant: str, api_key: str | None, alias: str, model_dir: Path) -> Iterator[PublishedVersions]:
+    """The versions of an alias; errors end the command."""
+    from streamtower.qdrant import Qdrant
     from streamtower.versions import PublishedVersions
 
-    with qdrant_client(qdrant, api_key) as client:
-        yield PublishedVersions(client, alias, model_dir)
+    with _exit_codes():
+        asked = Qdrant(qdrant, api_key)
+        try:
+            yield PublishedVersions(asked, alias, model_dir)
+        finally:
+            asked.close()
+
+
+@contextmanager
+def qdrant_client(url: str, api_key: str | None) -> Iterator[QdrantClient]:
+    """Qdrant's own client, for what the calls of `published_versions` are too few; errors end the command."""
+    from qdrant_client import QdrantClient
+
+    client = QdrantClient(
+        url=url, api_key=api_key, headers={"accept-encoding": "identity"}, check_compatibility=False, timeout=10
+    )
+    with _exit_codes():
+        try:
+            yield client
+        finally:
+            client.close()
 
 
 def _say(version: Version, *, pinned: bool, as_json: bool) -> None:

@@ -8,11 +8,17 @@ and that is to stay so: while it is there the trainer makes no other version liv
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-
-from qdrant_client import QdrantClient, models
+from typing import TYPE_CHECKING
 
 from trainer.contract import collection_name, model_version_of, pinned_alias
+
+if TYPE_CHECKING:  # what is asked of the command line is not to wait for the client's import
+    from qdrant_client import QdrantClient
+
+Action = dict[str, dict[str, str]]
+"""One change of aliases, as Qdrant's REST interface takes it."""
 
 
 @dataclass(frozen=True)
@@ -24,36 +30,57 @@ class Named:
     pinned: int | None = None
 
 
-def named_by(client: QdrantClient, alias: str) -> Named:
-    """What the aliases name now; raises what the client does."""
-    targets = {entry.alias_name: entry.collection_name for entry in client.get_aliases().aliases}
+def named_among(targets: Mapping[str, str], alias: str) -> Named:
+    """What the aliases name, of all aliases with their collections."""
     live, pinned = (
         model_version_of(alias, targets[name]) if name in targets else None for name in (alias, pinned_alias(alias))
     )
     return Named(live, pinned)
 
 
-def versions_in(client: QdrantClient, alias: str) -> list[int]:
-    """Versions that have a collection, whole or not, rising; raises what the client does."""
-    names = [collection.name for collection in client.get_collections().collections]
-    return sorted(version for name in names if (version := model_version_of(alias, name)) is not None)
+def versions_among(collections: Iterable[str], alias: str) -> list[int]:
+    """Versions that have a collection, whole or not, rising."""
+    return sorted(version for name in collections if (version := model_version_of(alias, name)) is not None)
 
 
-def switch(client: QdrantClient, alias: str, version: int, *, pin: bool | None = None) -> None:
-    """Makes a version live: in one call, so that there always is one; raises what the client does.
+def actions_to(there: Collection[str], alias: str, version: int, *, pin: bool | None = None) -> list[Action]:
+    """What makes a version live, to be done in one call, so that there always is one.
 
     Args:
-        client: of Qdrant.
+        there: aliases that there are.
         alias: names the live collection.
         version: whose collection is there.
         pin: True: hold it there; False: hold none any more; None: leave that as it is.
     """
-    there = {entry.alias_name for entry in client.get_aliases().aliases}
-    changes: list[models.AliasOperations] = []
+    actions: list[Action] = []
     for name in [alias] if pin is None else [alias, pinned_alias(alias)]:
         if name in there:
-            changes.append(models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=name)))
+            actions.append({"delete_alias": {"alias_name": name}})
         if name == alias or pin:
-            target = models.CreateAlias(collection_name=collection_name(alias, version), alias_name=name)
-            changes.append(models.CreateAliasOperation(create_alias=target))
-    client.update_collection_aliases(changes)
+            target = {"collection_name": collection_name(alias, version), "alias_name": name}
+            actions.append({"create_alias": target})
+    return actions
+
+
+def named_by(client: QdrantClient, alias: str) -> Named:
+    """What the aliases name now; raises what the client does."""
+    return named_among(_targets(client), alias)
+
+
+def versions_in(client: QdrantClient, alias: str) -> list[int]:
+    """Versions that have a collection, whole or not, rising; raises what the client does."""
+    return versions_among((collection.name for collection in client.get_collections().collections), alias)
+
+
+def switch(client: QdrantClient, alias: str, version: int, *, pin: bool | None = None) -> None:
+    """Makes a version live, as `actions_to` says; raises what the client does."""
+    from qdrant_client import models
+
+    wanted = models.ChangeAliasesOperation.model_validate(
+        {"actions": actions_to(_targets(client), alias, version, pin=pin)}
+    )
+    client.update_collection_aliases(wanted.actions)
+
+
+def _targets(client: QdrantClient) -> dict[str, str]:
+    return {entry.alias_name: entry.collection_name for entry in client.get_aliases().aliases}

@@ -21,6 +21,7 @@ from retriever.search import IndexUnavailable
 from retriever.settings import RetrieverSettings
 from retriever.versions import Versions
 from streams.contract import hash_id, hash_ids
+from streamtower.qdrant import Qdrant
 from streamtower.versions import PublishedVersions
 from tests.retriever.published import CONFIG, Published, Publisher
 from tests.retriever.running import Running, running, wait_until
@@ -46,11 +47,12 @@ def test_a_switch_changes_the_answers_and_is_counted(retriever: Running, publish
 
 
 def test_after_a_rollback_by_hand_the_query_tower_of_the_old_version_answers(
-    retriever: Running, publisher: Publisher
+    retriever: Running, publisher: Publisher, qdrant_url: str
 ) -> None:
     published = {number: publisher.publish(number) for number in (1, 2)}
     retriever.wait_for_version(2)
-    by_hand = PublishedVersions(publisher.client, publisher.alias, publisher.model_dir)
+    qdrant = Qdrant(qdrant_url)
+    by_hand = PublishedVersions(qdrant, publisher.alias, publisher.model_dir)
     for number, make_live in ((1, by_hand.rollback), (2, lambda: by_hand.promote(None))):
         assert make_live().number == number
         retriever.wait_for_version(number)
@@ -58,6 +60,7 @@ def test_after_a_rollback_by_hand_the_query_tower_of_the_old_version_answers(
         expected = published[number].best(5, history=["item-3"], without=["item-3"])
         assert answer["model_version"] == number
         assert [candidate["item_id"] for candidate in answer["candidates"]] == [item for item, _ in expected]
+    qdrant.close()
 
 
 def test_a_version_of_another_shape_is_served_too(retriever: Running, publisher: Publisher) -> None:

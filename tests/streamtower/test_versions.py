@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from qdrant_client import models
+from qdrant_client import QdrantClient, models
 from typer.testing import CliRunner
 
 from streamtower.__main__ import app
+from streamtower.qdrant import Qdrant
 from tests.trainer.publishing import Publishing, publishings
 from trainer.aliases import Named
 from trainer.contract import DENSE, MANIFEST_FILE, QUERY_TOWER_FILE, collection_name, version_directory
@@ -102,3 +105,32 @@ def test_only_whole_versions_are_made_live(run: Callable[..., tuple[int, str]], 
 def test_without_qdrant_it_ends_as_a_missing_dependency(run: Callable[..., tuple[int, str]]) -> None:
     code, text = run("list", qdrant="http://127.0.0.1:9")
     assert code == 69 and text.startswith("streamtower: Qdrant does not answer")
+
+
+def test_a_rollback_loads_nothing_that_takes_long(publishing: Publishing) -> None:
+    """It is to take a second, of which Qdrant's client alone would be more than half."""
+    code = (
+        "import sys; from streamtower.__main__ import app; app(sys.argv[1:], standalone_mode=False); "
+        "print(*({'torch', 'faust', 'numba', 'pandas', 'fastapi', 'grpc', 'qdrant_client'} & set(sys.modules)))"
+    )
+    where = ["--qdrant", publishing.url, "--alias", publishing.alias, "--model-dir", str(publishing.model_dir)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "versions", "rollback", *where], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "version 4 is live and pinned\n\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://qdrant", "http://qdrant:6333/"),
+        ("localhost:1", "http://localhost:1/"),
+        ("https://q/p", "https://q:6333/p/"),
+    ],
+)
+def test_a_url_is_read_as_qdrants_client_reads_it(url: str, told: str) -> None:
+    qdrant, client = Qdrant(url), QdrantClient(url=url, check_compatibility=False)
+    assert str(qdrant.url).rstrip("/") + "/" == told
+    assert str(client.http.client.host).rstrip("/") + "/" == told
+    qdrant.close()
+    client.close()
