@@ -121,16 +121,16 @@ class Stack:
     def wait_listening(self) -> None:
         """Waits until every service listens on its port; one whose port was taken in between gets another."""
         for service in PORTS:
-            self._wait_said(service, "listening", self._replace_if_port_taken)
+            self._wait_said(service, "listening", self._replace_whose_port_is_taken)
 
     def wait_ready(self, service: str) -> None:
         """Waits until a service says that it works, and sees that all others live meanwhile."""
-        self._wait_said(service, "ready", lambda service: None)
+        self._wait_said(service, "ready", lambda: None)
 
-    def _wait_said(self, service: str, event: str, meanwhile: Callable[[str], None]) -> None:
+    def _wait_said(self, service: str, event: str, meanwhile: Callable[[], None]) -> None:
         deadline = time.monotonic() + READY_SECONDS
         while not (process := self._services[service]).has_said(event):
-            meanwhile(service)
+            meanwhile()
             self.check()
             if time.monotonic() > deadline:
                 raise ProcessError(
@@ -138,12 +138,12 @@ class Stack:
                 )
             time.sleep(0.05)
 
-    def _replace_if_port_taken(self, service: str) -> None:
-        port = self._ports[service]
-        if self._services[service].exit_code == EXIT_CONFIGURATION and free_port(port) != port:
-            self._ports[service] = free_port()
-            self._tell_port(service, self._ports[service], port)
-            self._spawn(service)
+    def _replace_whose_port_is_taken(self) -> None:
+        for service, port in list(self._ports.items()):
+            if self._services[service].exit_code == EXIT_CONFIGURATION and free_port(port) != port:
+                self._ports[service] = free_port()
+                self._tell_port(service, self._ports[service], port)
+                self._spawn(service)
 
     def _spawn(self, service: str) -> None:
         self._services[service] = ChildProcess(

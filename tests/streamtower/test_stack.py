@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def test_what_the_user_has_set_wins_over_what_the_data_suggest(stack: Stack, mon
 @pytest.mark.broker
 @pytest.mark.index
 @pytest.mark.slow
-def test_taken_ports_are_told_and_others_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", ["trainer", "retriever"])
+def test_taken_ports_are_told_and_others_used(tmp_path: Path, who: str) -> None:
     """Both ways: taken before the look, and between the look and the start of the service."""
     told: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -76,15 +78,17 @@ def test_taken_ports_are_told_and_others_used(tmp_path: Path) -> None:
         original = stack._environment
 
         def late(service: str) -> dict[str, str]:
-            if service == "trainer" and stack._ports["trainer"] != port and not any(str(port) in line for line in told):
-                stack._ports["trainer"] = port
+            if service == who and stack._ports[who] != port and not any(str(port) in line for line in told):
+                stack._ports[who] = port
             return original(service)
 
         stack._environment = late  # type: ignore[method-assign]
         with stack:
+            while stack._services[who].exit_code is None:  # it has ended before anybody waits for it
+                time.sleep(0.01)
             stack.wait_listening()
             stack.wait_ready("trainer")
             stack.wait_ready("streams")
-            assert stack._ports["trainer"] != port
-            assert any(line.startswith(f"port {port} is taken: the trainer listens on") for line in told)
-            assert str(stack._ports["trainer"]) in stack.metrics_urls()["trainer"]
+            assert stack._ports[who] != port
+            assert any(line.startswith(f"port {port} is taken: the {who} listens on") for line in told)
+            assert str(stack._ports[who]) in stack.metrics_urls()[who]
