@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from benchmarks.document import Row, parser, report
 from benchmarks.quality import add_sets, open_sets, settings_of
 from streams.contract import Float64Array, MicroBatch
 from streams.settings import StreamsSettings
-from streamtower.evaluate.contest import Feed, evaluated_model
+from streamtower.evaluate.contest import Feed, evaluated_model, item_changes
 from streamtower.evaluate.measures import mean_and_std, recall
 from streamtower.evaluate.replay import Stream, read_clicks, stream
+from trainer.item_events import ItemChange
 from trainer.model import Model
 from trainer.settings import TrainerSettings
 
@@ -44,7 +45,7 @@ def main() -> None:
                 dataset, streams = open_seed(seed), StreamsSettings()
                 clicks = stream(read_clicks(dataset, streams)[0], streams.state_config())
                 settings = settings_of(dataset, "default").model_copy(update={"seed": seed})
-                for served, ranks in serve(clicks, settings, INTERVALS).items():
+                for served, ranks in serve(clicks, settings, INTERVALS, item_changes(dataset)).items():
                     recalls.setdefault(served, []).append({k: recall(ranks, k) for k in KS})
             rows += [
                 Row(f"freshness.{name}.{served}.recall_at_{k}.{statistic}", value, "ratio")
@@ -55,10 +56,12 @@ def main() -> None:
     report("freshness", rows, given.json)
 
 
-def serve(clicks: Stream, settings: TrainerSettings, intervals: Sequence[int]) -> dict[str, Float64Array]:
-    """Ranks of the second half's clicks, by how often what serves is renewed."""
+def serve(
+    clicks: Stream, settings: TrainerSettings, intervals: Sequence[int], items: Mapping[int, ItemChange]
+) -> dict[str, Float64Array]:
+    """Ranks of the second half's clicks, by how often what serves is renewed; `items` are known by hash."""
     model = evaluated_model(settings)
-    feed = Feed(model, {})
+    feed = Feed(model, items)
     copies: dict[str, Model] = {}
     renewed_at: dict[str, int] = {}
     ranks: dict[str, list[Float64Array]] = {}

@@ -30,16 +30,17 @@ OpenSeed = Callable[[int], Dataset]
 SETS = ("opam", "ml-100k", "movietweetings")
 RECBOLE = "recbole==1.2.1"
 ML_100K = "recbole/dataset_example/ml-100k/ml-100k."
-FEATURES = "with_item_features"
+IDS_ALONE = "ids_alone"
 VARIANTS: dict[str, dict[str, object]] = {
     "default": {},
-    FEATURES: {},
+    IDS_ALONE: {"features": ""},
     "paper": {"preset": "paper"},
     "no_covisit": {"covisit": False},
+    "no_personal_popularity": {"personal_popularity": False},
     "one_half_life": {"further_half_lives_clicks": ()},
     "fixed_weights": {"adapt_weights": False},
     "counts_renewed_every_256": {"refresh_clicks": 256},
-    "no_popularity": {"popularity_weight": 0.0, "adapt_weights": False},
+    "no_popularity": {"popularity_weight": 0.0, "adapt_weights": False, "personal_popularity": False},
     "mlp_towers": {"hidden": (128,)},
     "mean_history": {"history_decay": 1.0},
     "with_user_id": {"use_user_id": True},
@@ -47,13 +48,19 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no_recent_negatives": {"recent_negatives": 0},
     "one_step_a_micro_batch": {"rows_per_step": 256},
     "corrected_loss": {"correction": "logq"},
-    "towers_alone": {"covisit": False, "further_half_lives_clicks": (), "adapt_weights": False},
+    "towers_alone": {
+        "covisit": False,
+        "further_half_lives_clicks": (),
+        "adapt_weights": False,
+        "personal_popularity": False,
+    },
     "towers_corrected_no_popularity": {
         "correction": "logq",
         "popularity_weight": 0.0,
         "covisit": False,
         "further_half_lives_clicks": (),
         "adapt_weights": False,
+        "personal_popularity": False,
     },
 }
 """Name → settings of the trainer that differ from the default."""
@@ -97,9 +104,8 @@ def evaluate_set(
 
 
 def settings_of(dataset: Dataset, variant: str) -> TrainerSettings:
-    """The trainer's settings of a variant: ids alone, but for the one that is there for the features."""
-    values = VARIANTS[variant] | ({} if variant == FEATURES else {"features": ""})
-    return trainer_settings(dataset, **values)  # type: ignore[arg-type]
+    """The trainer's settings of a variant; item features are the set's own, unless the variant says otherwise."""
+    return trainer_settings(dataset, **VARIANTS[variant])
 
 
 def rows_of(name: str, result: Evaluation) -> Iterator[Row]:

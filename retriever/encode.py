@@ -155,5 +155,10 @@ def load_version(model_dir: Path, alias: str, collection: str) -> ServedVersion:
         raise VersionError(
             f"version {model_version} says embedding_dim {manifest.embedding_dim}, its tower {config.embedding_dim}"
         )
+    if config.popularity_dims not in (0, manifest.popularity_dims):
+        raise VersionError(
+            f"version {model_version} says popularity_dims {manifest.popularity_dims}, its tower "
+            f"{config.popularity_dims}"
+        )
     tower.eval().requires_grad_(False)
     return ServedVersion(collection, manifest, config, tower)

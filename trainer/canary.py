@@ -38,7 +38,7 @@ class Users:
 
         Args:
             manifest: has the weights.
-            embedding: float32 [u, D] of the query tower.
+            embedding: float32 [u, D] or, with leanings, [u, D + H]: of the query tower.
         """
         pairs = zip(embedding.tolist(), self.lengths.tolist(), strict=True)
         return np.array([query_vector(manifest, row, 1.0, length) for row, length in pairs], np.float32)

@@ -9,10 +9,8 @@ full, a sixteenth of them makes room: deleted items first, then those untouched 
 clicked nor changed for `expire_clicks` clicks of all items are dropped too: age is told by clicks and not by a clock,
 so that the same stream drops the same items at the same click. A dropped item (a deleted one too) that is clicked again
 comes back as new, without features until its next item event.
-
 Rows are renumbered when items are dropped; nothing outside may keep a row number across `admit` or `take`.
-
-Shapes: n items asked for, N rows, D embedding size.
+Shapes: n items asked for, N rows, D embedding size, H half-lives.
 """
 
 from __future__ import annotations
@@ -229,11 +227,14 @@ class Catalogue:
         click."""
         return self._log_total.copy() if self.clicks_counted else np.zeros(len(self._rates))
 
-    def log_counts(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
-        """float64 [n, H] logs of the decayed click counts, on a scale that stands still for untouched items; at least
-        those of a share of uniform_ratio / number of items, which an item without clicks has."""
-        floor = self.log_totals + self._log_uniform_ratio - math.log(max(self.num_items, 1))
-        return np.maximum(self._log_count[: self._size][rows], floor)
+    def log_counts(self, rows: Int64Array | slice = slice(None), floor: Float64Array | None = None) -> Float64Array:
+        """float64 [n, H] logs of the decayed click counts, ≥ `floor`, on a scale where untouched items stand still."""
+        return np.maximum(self._log_count[: self._size][rows], self.log_floor if floor is None else floor)
+
+    @property
+    def log_floor(self) -> Float64Array:
+        """float64 [H] log counts of an item without clicks: of a share of uniform_ratio / number of items."""
+        return self.log_totals + self._log_uniform_ratio - math.log(max(self.num_items, 1))
 
     def log_qs(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
         """float64 [n, H] logs of the items' shares of the clicks, as each half-life sees them."""
@@ -242,8 +243,7 @@ class Catalogue:
     def popularity_features(self) -> Float32Array:
         """float32 [N, H] `log_qs` of all rows."""
         features = (self._log_count[: self._size] - self.log_totals).astype(np.float32)
-        floor = self._log_uniform_ratio - math.log(max(self.num_items, 1))
-        return np.maximum(features, np.float32(floor), out=features)
+        return np.maximum(features, (self.log_floor - self.log_totals).astype(np.float32), out=features)
 
     def log_q(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
         """float64 [n] log of the items' shares of the recent clicks."""

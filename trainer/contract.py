@@ -151,20 +151,26 @@ def log_history(num_items: int) -> float:
 def query_vector(
     manifest: Manifest, query_embedding: list[float], popularity: float = 1.0, history_length: int | None = None
 ) -> list[float]:
-    """The dense query: [a · query embedding / temperature ‖ popularity · weights · scale]. Dot item = its share of the
-    score; the rest is `covisit_weight` · ln(1 + `covisit_query` · item).
+    """The dense query: [a · query embedding / temperature ‖ popularity · (weights + a · leaning) · scale]. Dot item =
+    its share of the score; the rest is `covisit_weight` · ln(1 + `covisit_query` · item).
 
     Args:
         manifest: of the version that made the embedding.
-        query_embedding: [embedding_dim], length 1.
+        query_embedding: what its query tower gives: the embedding [embedding_dim], of length 1, and behind it the
+            user's leaning [popularity_dims], weights that are the user's own; nothing behind it: a leaning of 0.
         popularity: factor on the popularity weights.
         history_length: items of the user's history; None: weights without `log_history`.
     """
     known = _log_history(manifest, history_length)
-    factor = (manifest.embedding_weight + manifest.embedding_slope * known) / manifest.temperature
-    slopes = manifest.popularity_slopes or [0.0] * len(manifest.popularity_weights)
-    weights = [weight + slope * known for weight, slope in zip(manifest.popularity_weights, slopes, strict=True)]
-    return [value * factor for value in query_embedding] + [
+    towers = manifest.embedding_weight + manifest.embedding_slope * known
+    none = [0.0] * len(manifest.popularity_weights)
+    leaning = query_embedding[manifest.embedding_dim :] or none
+    slopes = manifest.popularity_slopes or none
+    weights = [
+        weight + slope * known + towers * own
+        for weight, slope, own in zip(manifest.popularity_weights, slopes, leaning, strict=True)
+    ]
+    return [value * towers / manifest.temperature for value in query_embedding[: manifest.embedding_dim]] + [
         popularity * weight * manifest.popularity_scale for weight in weights
     ]
 

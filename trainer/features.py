@@ -85,6 +85,8 @@ class TowerConfig:
     """Sizes of the ReLU layers before the last, linear one, in both towers; () makes the towers linear."""
     temperature: float = 0.1
     """Logits are cosines divided by it, in (0, 10]."""
+    popularity_dims: int = 0
+    """Log frequencies for each of which the query tower gives a weight of its own, 0 … 1000; 0: it gives none."""
     tasks: tuple[Task, ...] = ()
     """Rewards with a head each, see `rewards`; (): the clicks' own reward alone, without a head."""
 
@@ -104,6 +106,7 @@ class TowerConfig:
         require("history_length", int, lambda value: 1 <= value <= 1000, "an integer of 1 … 1000")
         require("history_decay", float, lambda value: 0 < value <= 1, "a number in (0, 1]")
         require("temperature", float, lambda value: 0 < value <= 10, "a number in (0, 10]")
+        require("popularity_dims", int, lambda value: 0 <= value <= 1000, "an integer of 0 … 1000")
         require("use_user_id", bool, lambda value: True, "true or false")
         if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in self.hidden):
             problems.append(f"hidden must hold sizes of at least 1, not {list(self.hidden)!r}")

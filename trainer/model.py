@@ -30,6 +30,7 @@ from trainer.covisit import Covisit
 from trainer.evaluate import Prequential, Ranks, excluded_pairs
 from trainer.features import Float32Array, bag_offsets, ranges
 from trainer.item_events import ItemChange
+from trainer.leaning import PopularityBefore
 from trainer.rewards import task_rewards
 from trainer.score import ServedScore
 from trainer.settings import TrainerSettings
@@ -93,7 +94,9 @@ class Model:
         Raises:
             NonFiniteError: the loss or a gradient is not finite.
         """
-        query = self._query(batch)
+        query, frequencies = self._query(batch), None
+        if self.learner.config.popularity_dims:
+            frequencies = PopularityBefore(self.catalogue, batch.item_hash)
         weighed, tested = self._drawn(len(batch))
         ranks: list[Ranks] = []
         for start in range(0, len(batch), self.refresh_clicks):
@@ -105,18 +108,19 @@ class Model:
         with stage("learn"):
             log_q, histories = np.log(batch.sampling_probability), (batch.history_values, batch.history_offsets)
             rewards = task_rewards(self.learner.config.tasks, batch.reward, batch.context)
-            result = self.learner.learn(Clicks(query, batch.item_hash, rewards, log_q, *histories))
+            result = self.learner.learn(Clicks(query, batch.item_hash, rewards, log_q, *histories), frequencies)
         with stage("touch"):
             rows = np.unique(self.catalogue.find(batch.item_hash))
             in_turn = self.catalogue.embeddings.take_turn(RENEWED_PER_CLICK * len(batch))
             self.catalogue.embed(np.union1d(rows[rows >= 0], in_turn), self.learner.embed_items)
         return Learnt(result, _joined(ranks))
 
-    def test(self, batch: MicroBatch) -> Ranks | None:
-        """What is foreseen of a micro-batch, which is not learnt; None: there is no item yet, or nothing is tested."""
+    def test(self, batch: MicroBatch, popularity: float = 1.0) -> Ranks | None:
+        """What is foreseen of a micro-batch, which is not learnt, by requests with this factor on popularity; None:
+        there is no item yet, or nothing is tested."""
         nothing = np.zeros(len(batch), np.bool_)
         _, tested = self._drawn(len(batch))
-        return _joined(self._foresee(batch, self._query(batch), slice(0, len(batch)), nothing, tested))
+        return _joined(self._foresee(batch, self._query(batch), slice(0, len(batch)), nothing, tested, popularity))
 
     @property
     def changes(self) -> dict[str, Changes]:
@@ -180,6 +184,7 @@ class Model:
         part: slice,
         weighed: npt.NDArray[np.bool_],
         tested: npt.NDArray[np.bool_],
+        factor: float = 1.0,
     ) -> list[Ranks]:
         """Scores the drawn clicks of a part; their ranks if they are tested; the weights have learnt from them."""
         rows = part.start + np.flatnonzero((weighed | tested)[part])
@@ -193,9 +198,11 @@ class Model:
         offsets = np.concatenate(([0], np.cumsum(lengths)))
         target = catalogue.find(batch.item_hash[rows])
         excluded = excluded_pairs(histories, offsets) if self.exclude_history else np.zeros((0, 2), np.int64)
-        embedding = torch.from_numpy(self.learner.embed_queries(query.take(rows)) / self.learner.config.temperature)
-        logits = (embedding @ torch.from_numpy(catalogue.embedding).T).numpy()
         popularity = catalogue.popularity_features()
+        alone = np.where(catalogue.deleted, np.float32(-np.inf), popularity[:, 0])
+        if factor != 1:
+            popularity *= np.float32(factor)
+        logits = self._logits(query.take(rows), popularity)
         covisit = self.covisit.scores(histories, offsets, len(catalogue)) if self.covisit is not None else None
         known = np.minimum(lengths, self.learner.config.history_length)
         scores = self.score.combine(logits, popularity, covisit, known)
@@ -207,12 +214,21 @@ class Model:
             places = np.cumsum(of) - 1
             pairs = excluded[of[excluded[:, 0]]]
             pairs = np.stack([places[pairs[:, 0]], pairs[:, 1]], axis=1)
-            alone = np.where(catalogue.deleted, np.float32(-np.inf), popularity[:, 0])
             ranks.append(self.evaluation.observe(_rows(scores, of), alone, target[of], pairs))
         if (of := weighed[rows]).any():
             some = None if covisit is None else _rows(covisit, of)
             self.score.learn(_rows(logits, of), popularity, some, known[of], _rows(scores, of), target[of])
         return ranks
+
+    def _logits(self, query: QueryInputs, popularity: Float32Array) -> Float32Array:
+        """What the towers say of all items: float32 [B, N]."""
+        config = self.learner.config
+        answer = torch.from_numpy(self.learner.embed_queries(query))
+        embedding, leaning = answer.split([config.embedding_dim, config.popularity_dims], dim=1)
+        logits = (embedding / config.temperature) @ torch.from_numpy(self.catalogue.embedding).T
+        if config.popularity_dims:
+            logits.addmm_(leaning, torch.from_numpy(popularity).T)
+        return logits.numpy()  # type: ignore[no-any-return]
 
     def _count(self, batch: MicroBatch, part: slice, step: int) -> None:
         catalogue, counted_before = self.catalogue, self.catalogue.clicks_counted

@@ -5,9 +5,10 @@ learnt. The weights go into the Manifest, and from there into the queries.
 
 Score of item j for user u:
 
-    s(u, j) = a·⟨f(u), g(j)⟩ / τ + w·φ(j) + b·ln(1 + c·x(u, j))
+    s(u, j) = a·(⟨f(u), g(j)⟩ / τ + v(u)·φ(j)) + w·φ(j) + b·ln(1 + c·x(u, j))
 
-φ: log shares of the clicks at several half-lives, and the log of the item's age (`Catalogue.popularity_features`).
+φ: log shares of the clicks at several half-lives (`Catalogue.popularity_features`); v: how the user leans to them, as
+the query tower says (`QueryTower`); the parenthesis is what is called the logits here.
 x: how much more often than by chance j was clicked near the items of u's history (`covisit`).
 Each weight is v[0] + v[1] · (ln(1 + number of history items) − 1.5): users of whom much is known are served otherwise
 than new ones.
@@ -85,7 +86,7 @@ class ServedScore:
         """The served score: float32 [B, N].
 
         Args:
-            logits: float32 [B, N] cosine / τ.
+            logits: float32 [B, N] what the towers say: cosine / τ, and the user's leaning.
             popularity: float32 [N, P] popularity features.
             covisit: float32 [B, N] x ≥ 0; None: without.
             history_length: int64 [B].

@@ -35,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "further_half_lives_clicks": (),
         "covisit": False,
         "adapt_weights": False,
+        "personal_popularity": False,
     },
 }
 """Values that a preset gives to the settings that are not set themselves."""
@@ -140,6 +141,9 @@ class TrainerSettings(KafkaSettings):
     """JSON list of the sizes of the towers' hidden layers; []: linear towers."""
     temperature: float = Field(0.1, gt=0, le=10)
     """Logits are cosines divided by it."""
+    personal_popularity: bool = True
+    """Whether the query tower gives each user weights for the log frequencies, beside those that are the same for all:
+    some lean to what everybody clicks, some to the long tail."""
     tasks: dict[str, float] = Field(default_factory=dict)
     """JSON object of rewards with a head each: name → weight of its loss and of its score. "reward" is the clicks' own
     reward, any other name a number or boolean in their context, as in {"reward": 1, "purchase": 4}. Empty: the clicks'
@@ -271,6 +275,7 @@ class TrainerSettings(KafkaSettings):
             "temperature tasks"
         )
         plain: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
+        plain["popularity_dims"] = (1 + len(self.further_half_lives_clicks)) if self.personal_popularity else 0
         plain.update(json.loads(self.features or "{}"))
         return plain
 

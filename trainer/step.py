@@ -30,6 +30,8 @@ from trainer.training import Candidates, TrainingConfig, batch_loss
 _EPSILON = 1e-10
 
 
+LogFrequencies = Callable[[UInt64Array], Float32Array]
+"""uint64 [n] hashes of items → float32 [n, P] logs of their shares of the clicks, as the half-lives see them."""
 KnownItems = tuple[UInt64Array, Float32Array]
 """The catalogue's items: uint64 [M] their hashes, float32 [M] log of their shares of the clicks, −inf: not served."""
 
@@ -130,8 +132,13 @@ class Learner:
         self._recent_log_q = np.zeros(training.recent_window, dtype=np.float32)
         self._num_recent = 0
 
-    def learn(self, clicks: Clicks) -> StepResult:
+    def learn(self, clicks: Clicks, log_frequencies: LogFrequencies | None = None) -> StepResult:
         """Shuffles the clicks of a micro-batch, cuts them into steps of equal size and takes the steps.
+
+        Args:
+            clicks: at least one.
+            log_frequencies: from before these clicks: with their own counts in them, they would tell what was clicked.
+                Needed where the query tower gives weights for them.
 
         Raises:
             NonFiniteError: by a step; the steps before it have been taken.
@@ -142,7 +149,7 @@ class Learner:
         if num_steps == 0:
             raise ValueError("there are no clicks to learn from")
         known = self._ask_catalogue()
-        results = [self.step(clicks.take(rows), known) for rows in np.array_split(order, num_steps)]
+        results = [self.step(clicks.take(rows), known, log_frequencies) for rows in np.array_split(order, num_steps)]
         loss = sum(result.loss * result.num_rows for result in results) / len(clicks)
         return StepResult(
             loss,
@@ -152,16 +159,19 @@ class Learner:
             float(np.max([result.weight_norm for result in results])),
         )
 
-    def step(self, clicks: Clicks, known: KnownItems | None = None) -> StepResult:
+    def step(
+        self, clicks: Clicks, known: KnownItems | None = None, log_frequencies: LogFrequencies | None = None
+    ) -> StepResult:
         """One optimizer step on all of these clicks.
 
         Args:
             clicks: at least one.
             known: the catalogue's items, where they are at hand already.
+            log_frequencies: as for `learn`.
 
         Raises:
             NonFiniteError: before any change.
-            ValueError: the rewards are not one for each task.
+            ValueError: the rewards are not one for each task, or log frequencies are needed and missing.
         """
         training = self.training
         reward_BT = torch.tensor(clicks.reward).reshape(len(clicks), -1)
@@ -183,15 +193,26 @@ class Learner:
             num_items=max(len(known_hash), 1),
         )
         item = self.item_inputs(item_hash)
+        frequencies_NP = None
+        if self.config.popularity_dims:
+            if log_frequencies is None:
+                raise ValueError(f"{self.config.popularity_dims} popularity_dims need the items' log frequencies")
+            frequencies_NP = torch.from_numpy(log_frequencies(item_hash))
 
         # Autograd sees only the rows that the step looks up, each once: their gradients are dense and small.
         gathered = _gather(self._tables, clicks.query, item)
         item_embedding = self.item_tower(gathered.item, gathered.tables)
+        embedding_TBD, leaning_BP = self.query_tower.embed_tasks(gathered.query, gathered.tables)
+        leaning_BN = 0.0 if frequencies_NP is None else leaning_BP @ frequencies_NP.T
         losses = [
-            batch_loss(training, query_BD @ item_embedding.T / self.config.temperature, reward_B, candidates, random)
-            for query_BD, reward_B in zip(
-                self.query_tower.embed_tasks(gathered.query, gathered.tables), reward_BT.T, strict=True
+            batch_loss(
+                training,
+                query_BD @ item_embedding.T / self.config.temperature + leaning_BN,
+                reward_B,
+                candidates,
+                random,
             )
+            for query_BD, reward_B in zip(embedding_TBD, reward_BT.T, strict=True)
         ]
         if self.config.tasks:
             losses = [task.weight * loss for task, loss in zip(self.config.tasks, losses, strict=True)]
@@ -233,7 +254,7 @@ class Learner:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def embed_queries(self, query: QueryInputs) -> Float32Array:
-        """Query embeddings of length 1: float32 [B, D]."""
+        """What the query tower gives: embeddings of length 1, then weights of log frequencies: float32 [B, D + P]."""
         return self.query_tower(query).numpy()  # type: ignore[no-any-return]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]

@@ -112,11 +112,13 @@ class _Tower(nn.Module):  # type: ignore[misc]
         sizes = [num_slots * config.row_dim + 2 * num_numbers, *config.hidden, config.embedding_dim]
         self.layers = nn.ModuleList(nn.Linear(size, next_size) for size, next_size in pairwise(sizes))
 
-    def _embed(self, bags: list[tuple[Bags, Tensor]], numbers: Tensor) -> Tensor:
+    def _pooled(self, bags: list[tuple[Bags, Tensor]], numbers: Tensor) -> Tensor:
         pooled = [_pool(bag, table, len(numbers)) for bag, table in bags if bag.num_bags]
         if numbers.shape[1]:
             pooled.append(self.scale(numbers))
-        hidden = torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0]
+        return torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0]
+
+    def _embed(self, hidden: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             hidden = F.relu(layer(hidden))
         return F.normalize(self.layers[-1](hidden), dim=1)
@@ -137,7 +139,8 @@ class ItemTower(_Tower):
             tables: looked up instead of the tower's own, by a learner that has gathered the rows it needs.
         """
         tables = self.tables if tables is None else tables
-        return self._embed([(inputs.items, tables.items), (inputs.features, tables.features)], inputs.numbers)
+        bags = [(inputs.items, tables.items), (inputs.features, tables.features)]
+        return self._embed(self._pooled(bags, inputs.numbers))
 
 
 class QueryTower(_Tower):
@@ -146,37 +149,48 @@ class QueryTower(_Tower):
     With tasks each has a head, a linear layer that starts as the identity; its output of length 1 is the query
     embedding of that task. The item embeddings are the same for all, so that the weighted mean of the tasks' scores is
     one inner product, with the weighted mean of their query embeddings.
+
+    With `popularity_dims` it also says which items the user leans to, by how popular they are: one weight for each of
+    the items' log frequencies, linear in what the layers start from, 0 at first. They are the same for all tasks.
     """
 
     def __init__(self, config: TowerConfig, tables: Tables) -> None:
         super().__init__(config, config.context, with_user=config.use_user_id)
         self.config = config
         self.tables = tables
+        if config.popularity_dims:
+            self.leaning = nn.Linear(self.layers[0].in_features, config.popularity_dims)
         if config.tasks:
             self.heads = nn.Parameter(torch.eye(config.embedding_dim).repeat(len(config.tasks), 1, 1))
 
     def forward(self, inputs: QueryInputs, tables: Tables | None = None) -> Tensor:
-        """Query embeddings of length 1: float32 [B, D]; with tasks their weighted mean, of length at most 1.
+        """Query embeddings of length 1, then the weights of log frequencies: float32 [B, D + `popularity_dims`].
+
+        With tasks the embedding is their weighted mean, of length at most 1.
 
         Args:
             inputs: B queries; one about whom nothing is known has the embedding that the last layer's bias makes.
             tables: looked up instead of the tower's own, by a learner that has gathered the rows it needs.
         """
         tables = self.tables if tables is None else tables
-        embedding_TBD = self.embed_tasks(inputs, tables)
-        if not self.config.tasks:
-            return embedding_TBD[0]
-        total = sum(task.weight for task in self.config.tasks)
-        shares = torch.tensor([task.weight / total for task in self.config.tasks])
-        return torch.einsum("t,tbd->bd", shares, embedding_TBD)
+        embedding_TBD, leaning_BP = self.embed_tasks(inputs, tables)
+        embedding_BD = embedding_TBD[0]
+        if self.config.tasks:
+            total = sum(task.weight for task in self.config.tasks)
+            shares = torch.tensor([task.weight / total for task in self.config.tasks])
+            embedding_BD = torch.einsum("t,tbd->bd", shares, embedding_TBD)
+        return torch.cat([embedding_BD, leaning_BP], dim=1)
 
-    def embed_tasks(self, inputs: QueryInputs, tables: Tables) -> Tensor:
-        """Query embeddings of length 1 for each task: float32 [T, B, D]; without tasks [1, B, D]."""
+    def embed_tasks(self, inputs: QueryInputs, tables: Tables) -> tuple[Tensor, Tensor]:
+        """Query embeddings of length 1 for each task: float32 [T, B, D], without tasks [1, B, D]; and the weights of
+        log frequencies: float32 [B, P]."""
         bags = [(inputs.items, tables.items), (inputs.features, tables.features), (inputs.users, tables.users)]
-        embedding_BD = self._embed(bags, inputs.numbers)
+        pooled = self._pooled(bags, inputs.numbers)
+        leaning_BP = self.leaning(pooled) if self.config.popularity_dims else pooled.new_empty(len(pooled), 0)
+        embedding_BD = self._embed(pooled)
         if not self.config.tasks:
-            return embedding_BD[None]
-        return F.normalize(embedding_BD @ self.heads.mT, dim=2)
+            return embedding_BD[None], leaning_BP
+        return F.normalize(embedding_BD @ self.heads.mT, dim=2), leaning_BP
 
 
 def build_towers(config: TowerConfig, seed: int = 0) -> tuple[QueryTower, ItemTower]:
@@ -196,6 +210,9 @@ def build_towers(config: TowerConfig, seed: int = 0) -> tuple[QueryTower, ItemTo
         bound = layer.in_features**-0.5
         for parameter in (layer.weight, layer.bias):
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    if config.popularity_dims:
+        for parameter in query.leaning.parameters():
+            nn.init.zeros_(parameter)
     return query, item
 
 

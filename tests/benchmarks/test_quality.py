@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.freshness import EVERY, NEVER, serve
-from benchmarks.quality import FEATURES, ML_100K, SETS, VARIANTS, evaluate_set, open_sets, rows_of, settings_of
+from benchmarks.quality import IDS_ALONE, ML_100K, SETS, VARIANTS, evaluate_set, open_sets, rows_of, settings_of
 from streamtower.evaluate.contest import TowersContestant, run
 from streamtower.evaluate.evaluation import STRICT
 from streamtower.evaluate.measures import NAMES
@@ -57,9 +57,9 @@ def test_every_set_is_read_whole_and_its_files_are_gone_afterwards(data: Path) -
 def test_rows_name_set_contestant_measure_and_statistic(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAMTOWER_TRAINER_ITEM_ROWS", "1024")
     with open_sets(data, ["opam"]) as sets:
-        result = evaluate_set(sets["opam"], ["default", FEATURES], ["popularity"], [0, 1])
+        result = evaluate_set(sets["opam"], ["default", IDS_ALONE], ["popularity"], [0, 1])
     rows = {row.name: row.value for row in rows_of("opam", result)}
-    assert {name.split(".")[2] for name in rows} == {"default", "default" + STRICT, FEATURES, "popularity"}
+    assert {name.split(".")[2] for name in rows} == {"default", "default" + STRICT, IDS_ALONE, "popularity"}
     assert len(rows) == 4 * (2 * len(NAMES) + 1)
     both = [m.recall_at_100 for m in result.contests["default"].measures]
     assert rows["quality.opam.default.recall_at_100.mean"] == np.mean(both)
@@ -72,12 +72,12 @@ def test_every_variant_differs_from_the_default(data: Path, variant: str) -> Non
         dataset = sets["opam"](0)
     default, other = settings_of(dataset, "default"), settings_of(dataset, variant)
     assert (other == default) == (variant == "default")
-    assert not default.features
+    assert bool(other.features) == (variant != IDS_ALONE)
 
 
 def test_what_serves_is_as_good_as_it_is_fresh() -> None:
     clicks = random_stream(800)
-    ranks = serve(clicks, TRAINER.model_copy(update={"refresh_clicks": 16}), [1, 100])
+    ranks = serve(clicks, TRAINER.model_copy(update={"refresh_clicks": 16}), [1, 100], {})
     settings = TRAINER.model_copy(update={"refresh_clicks": 16})  # so that the contest renews by micro-batch, too
     second_half = run(TowersContestant(clicks, settings, {}), clicks.batches).seen.rank[400:]
     assert ranks[EVERY].tolist() == ranks["every_1_clicks"].tolist() == second_half.tolist()

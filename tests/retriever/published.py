@@ -35,6 +35,7 @@ CONFIG = TowerConfig(
     feature_rows=2**10,
     history_length=5,
     use_user_id=True,
+    popularity_dims=1,
     context=(Feature("device", "categorical"), Feature("hour", "number"), Feature("watching", "item")),
 )
 POPULARITY_SCALE = 20.0
@@ -73,8 +74,8 @@ class Published:
         popularity: float = 1.0,
         covisit_weighed: bool = True,
     ) -> dict[str, float]:
-        """Item id → score: a · cosine / temperature + popularity · w · log-frequency + b · ln(1 + covisit), from the
-        formula's parts."""
+        """Item id → score: a · cosine / temperature + popularity · (w + a · leaning) · log-frequency +
+        b · ln(1 + covisit), from the formula's parts."""
         inputs = query_inputs(
             self.config,
             np.array([hash_id(user_id or "nobody")], np.uint64),
@@ -89,14 +90,16 @@ class Published:
         dim = self.config.embedding_dim
         newest = list(history)[::-1][: self.config.history_length]
         known = np.log(1 + len(newest)) - 1.5
-        affinity = (0.7 + 0.2 * known) * self.vectors[:, :dim] @ query / self.config.temperature
+        towers = 0.7 + 0.2 * known
+        affinity = towers * self.vectors[:, :dim] @ query[:dim] / self.config.temperature
+        leaning = query[dim] if self.config.popularity_dims else 0.0
         log_frequency = self.vectors[:, dim] * POPULARITY_SCALE
         weights = 0.8 ** np.arange(len(newest)) / (0.8 ** np.arange(len(newest))).sum()
         covisit = np.zeros(len(self.item_ids))
         for item, weight in zip(newest, weights, strict=True):
             if item in self.item_ids:
                 covisit += 0.3 * weight * self.covisits[:, self.item_ids.index(item)]
-        score = affinity + popularity * (POPULARITY_WEIGHT + 0.1 * known) * log_frequency
+        score = affinity + popularity * (POPULARITY_WEIGHT + 0.1 * known + towers * leaning) * log_frequency
         if covisit_weighed:
             score += (0.6 - 0.1 * known) * np.log1p(covisit)
         return dict(zip(self.item_ids, score.tolist(), strict=True))
@@ -130,6 +133,9 @@ class Publisher:
         random = np.random.default_rng(model_version)
         tower, _ = build_towers(config, seed=model_version)
         tower.tables.users.normal_(generator=torch.Generator().manual_seed(model_version))  # as if they had been learnt
+        if config.popularity_dims:
+            torch.nn.init.normal_(tower.leaning.bias, generator=torch.Generator().manual_seed(model_version))
+            torch.nn.init.normal_(tower.leaning.weight, generator=torch.Generator().manual_seed(model_version))
         item_ids = [f"{item_stem}-{number}" for number in range(num_items)]
         embeddings = random.normal(size=(num_items, config.embedding_dim))
         embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from qdrant_client import QdrantClient, models
 
 from streams.contract import hash_ids
@@ -74,6 +75,9 @@ class Publishing:
             expire_clicks=self.expire_clicks,
         )
         self.learner = Learner(CONFIG, TRAINING, self.catalogue.inputs)
+        with torch.no_grad():  # as if it had been learnt
+            for parameter in self.learner.query_tower.leaning.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
         self.rollout = Rollout(self.index, Versions(self.model_dir), self.settings, self.clock, self.clock)
         self.score = ServedScore(2)
         self.score.weights = np.array([[1.3, 0.2], [0.7, -0.1], [0.4, 0.3], [0.9, 0.25]])

@@ -33,6 +33,7 @@ CONFIG = TowerConfig(
     user_rows=64,
     feature_rows=64,
     use_user_id=True,
+    popularity_dims=2,
     context=(Feature("device", "categorical"),),
     item=(Feature("brand", "categorical"), Feature("price", "number")),
 )

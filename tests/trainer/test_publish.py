@@ -115,11 +115,13 @@ def test_any_client_gets_the_score_from_manifest_tower_and_index(new: Callable[.
     manifest = load_manifest(version_directory(publishing.model_dir, 1))
     tower = load_query_tower(version_directory(publishing.model_dir, 1) / QUERY_TOWER_FILE, CONFIG)
     query = query_inputs(CONFIG, hash_ids(["me"]), hash_ids(["i1", "i2"]), np.array([0, 2]))
-    embedding = tower(query).numpy()[0]
-    vector = query_vector(manifest, embedding.tolist(), popularity=0.7)
+    answer = tower(query).numpy()[0]
+    embedding, leaning = answer[: CONFIG.embedding_dim], answer[CONFIG.embedding_dim :]
+    vector = query_vector(manifest, answer.tolist(), popularity=0.7)
     hits = publishing.client.query_points(publishing.alias, query=vector, using=DENSE, limit=7).points
     cosine = publishing.catalogue.embedding @ embedding
-    score = 1.3 * cosine / CONFIG.temperature + 0.7 * publishing.catalogue.log_qs() @ [0.7, 0.4]
+    weights = [0.7, 0.4] + 1.3 * leaning
+    score = 1.3 * cosine / CONFIG.temperature + 0.7 * publishing.catalogue.log_qs() @ weights
     for hit in hits:
         assert hit.payload is not None
         row = int(publishing.catalogue.find(hash_ids([hit.payload["item_id"]]))[0])
@@ -159,9 +161,10 @@ def test_the_whole_score_of_the_model_is_served_by_one_query(new: Callable[..., 
     ).points
     catalogue = publishing.catalogue
     rows = catalogue.find(hash_ids(history))
+    popularity = catalogue.log_qs().astype(np.float32)
     wanted = publishing.score.combine(
-        embedding @ catalogue.embedding.T / CONFIG.temperature,
-        catalogue.log_qs().astype(np.float32),
+        publishing.model._logits(query, popularity),
+        popularity,
         publishing.covisit.scores(rows, np.array([0, 3]), len(catalogue)),
         np.array([3]),
     )[0]

@@ -150,6 +150,61 @@ def test_steps_are_those_of_torchs_adagrad_on_whole_tables(correction: str, hidd
             assert (weights - expected).abs().mean() < 1e-6, name
 
 
+def test_logits_have_the_leaning_times_the_log_frequencies_of_the_candidates() -> None:
+    config = dataclasses.replace(CONFIG, popularity_dims=2)
+    ours, theirs = learner(config), learner(config)
+    frequencies = {
+        int(key): row for key, row in zip(ITEM_HASH, np.random.default_rng(3).normal(size=(60, 2)), strict=True)
+    }
+
+    def log_frequencies(item_hash: UInt64Array) -> np.ndarray:
+        return np.array([frequencies[key] for key in item_hash.tolist()], np.float32)
+
+    with torch.no_grad():
+        for one in (ours, theirs):
+            for parameter in one.query_tower.leaning.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(5))
+    batch = clicks(2, config=config)
+    answer, item = theirs.query_tower(batch.query), theirs.item_tower(theirs.item_inputs(batch.item_hash))
+    loss = in_batch_softmax_loss(
+        answer[:, :8] @ item.T / config.temperature
+        + answer[:, 8:] @ torch.from_numpy(log_frequencies(batch.item_hash)).T,
+        torch.from_numpy(batch.reward[:, 0]),
+        None,
+        candidate_mask(batch.item_hash, len(batch), batch.history_values, batch.history_offsets),
+    )
+    assert ours.step(batch, log_frequencies=log_frequencies).loss == pytest.approx(loss.item(), rel=1e-5)
+    moved = [p for name, p in ours.query_tower.named_parameters() if name.startswith("leaning")]
+    start = [p for name, p in theirs.query_tower.named_parameters() if name.startswith("leaning")]
+    assert all(not torch.equal(one, other) for one, other in zip(moved, start, strict=True))
+    with pytest.raises(ValueError, match="2 popularity_dims need the items' log frequencies"):
+        ours.learn(batch)
+
+
+def test_who_leans_to_the_long_tail_is_told_from_who_leans_to_what_all_click() -> None:
+    """Two kinds of users, told apart by their last click; one clicks the popular half of the items, the other not."""
+    config = TowerConfig(embedding_dim=4, row_dim=4, item_rows=256, popularity_dims=1)
+    store = ItemFeatures(config)
+    model = Learner(config, BATCH_ALONE, lambda item_hash: store.gather(item_hash, np.full(len(item_hash), -1)))
+    popularity = {int(key): np.float32(-2.0 if number < 30 else -6.0) for number, key in enumerate(ITEM_HASH)}
+
+    def log_frequencies(item_hash: UInt64Array) -> np.ndarray:
+        return np.array([[popularity[key]] for key in item_hash.tolist()], np.float32)
+
+    random, told = np.random.default_rng(4), hash_ids(["of the one", "of the other"])
+    for _ in range(60):
+        kind = random.integers(2, size=32)
+        item = ITEM_HASH[30 * kind + random.integers(30, size=32)]
+        history, offsets = told[kind], np.arange(33)
+        query = query_inputs(config, None, history, offsets)
+        model.learn(
+            Clicks(query, item, np.ones(32, np.float32), np.zeros(32, np.float32), history, offsets), log_frequencies
+        )
+    leaning = model.embed_queries(query_inputs(config, None, told, np.arange(3)))[:, 4]
+    assert leaning[0] > 0.3
+    assert leaning[1] < -0.3
+
+
 def test_only_rows_that_the_step_looks_up_move() -> None:
     model, batch = learner(), clicks(0)
     before = copied(model.state_dict())

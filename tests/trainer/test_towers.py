@@ -34,6 +34,7 @@ FULL = dataclasses.replace(
     hidden=(8,),
 )
 TASKS = dataclasses.replace(FULL, tasks=(Task("reward", 1.0), Task("purchase", 3.0)))
+LEANING = dataclasses.replace(FULL, popularity_dims=3)
 CONFIGS = pytest.mark.parametrize("config", [LINEAR, FULL], ids=["linear", "full"])
 
 
@@ -168,7 +169,8 @@ def test_the_weighted_mean_of_the_tasks_scores_is_one_inner_product() -> None:
     query.heads.normal_(generator=torch.Generator().manual_seed(0))
     inputs = queries(TASKS, [["a", "b"], [], ["c"]], device=["tv", None, "tv"], hour=[0.3, None, 1.0], seed=["c"] * 3)
     items = item(ItemFeatures(TASKS).gather(hash_ids(["a", "x"]), np.array([-1, -1])))
-    embedding = query.embed_tasks(inputs, query.tables)
+    embedding, leaning = query.embed_tasks(inputs, query.tables)
+    assert leaning.shape == (3, 0)
     torch.testing.assert_close(embedding.norm(dim=2), torch.ones(2, 3))
     served = query(inputs) @ items.T
     for row in range(3):
@@ -178,9 +180,35 @@ def test_the_weighted_mean_of_the_tasks_scores_is_one_inner_product() -> None:
     assert abs(served - embedding[0] @ items.T).max() > 0.01
 
 
-@pytest.mark.parametrize("config", [LINEAR, FULL, TASKS], ids=["linear", "full", "tasks"])
+@pytest.mark.parametrize("tasks", [(), TASKS.tasks], ids=["one", "tasks"])
+def test_behind_the_embedding_is_the_leaning_linear_in_what_the_layers_start_from_and_0_at_first(
+    tasks: tuple[Task, ...],
+) -> None:
+    config = dataclasses.replace(LEANING, tasks=tasks)
+    tower, _ = build_towers(config, seed=3)
+    without, _ = build_towers(dataclasses.replace(config, popularity_dims=0), seed=3)
+    tower.scale.observe(torch.tensor([[2.0], [6.0]]))
+    without.scale.observe(torch.tensor([[2.0], [6.0]]))
+    inputs = queries(config, [["a"], []], device=["tv", None], hour=[5.0, None], seed=["b", None])
+    assert torch.equal(tower(inputs), torch.cat([without(inputs), torch.zeros(2, 3)], dim=1))
+    tower.requires_grad_(False)
+    for parameter in tower.leaning.parameters():
+        parameter.normal_(generator=torch.Generator().manual_seed(1))
+    table, device = tower.tables.items, tower.tables.features[int(inputs.features.rows[0])]
+    user = torch.zeros(4)
+    known = torch.cat([row(config, table, "a"), row(config, table, "b"), device, user, torch.tensor([0.5, 1.0])])
+    torch.testing.assert_close(tower(inputs)[0, 6:], tower.leaning.weight @ known + tower.leaning.bias)
+    torch.testing.assert_close(tower(inputs)[1, 6:], tower.leaning.bias)
+    assert torch.equal(tower(inputs)[:, :6], without(inputs))
+
+
+@pytest.mark.parametrize("config", [LINEAR, FULL, TASKS, LEANING], ids=["linear", "full", "tasks", "leaning"])
 def test_a_stored_query_tower_gives_the_same_bits(config: TowerConfig, tmp_path: Path) -> None:
     tower, _ = build_towers(config, seed=9)
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            if name.startswith("leaning"):
+                parameter.normal_()
     tower.tables.users.normal_()
     tower.scale.observe(torch.rand(4, tower.scale.count.numel()))
     save_query_tower(tmp_path / "tower.safetensors", tower)
@@ -200,6 +228,7 @@ def test_a_stored_query_tower_gives_the_same_bits(config: TowerConfig, tmp_path:
         {"use_user_id": False},
         {"context": ()},
         {"tasks": (Task("reward", 1.0),)},
+        {"popularity_dims": 2},
     ],
 )
 def test_a_query_tower_of_another_configuration_is_refused(change: dict[str, object], tmp_path: Path) -> None:

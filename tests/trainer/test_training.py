@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from streams.service import load_settings
 from tests.trainer.streams_of_clicks import click_stream
 from trainer.model import new_model
 from trainer.negatives import choose_negatives, negatives_of
+from trainer.rewards import task_rewards
 from trainer.settings import TrainerSettings
+from trainer.step import Clicks
 from trainer.training import Candidates, TrainingConfig, batch_loss
 
 NUM_CLICKS, NUM_CANDIDATES, NUM_UNIFORM, NUM_ITEMS = 5, 14, 4, 60
@@ -160,14 +163,40 @@ def test_a_configuration_says_all_that_is_wrong_with_it_at_once() -> None:
         TrainingConfig(loss="gbce", correction="logq")
 
 
+def test_towers_learn_with_the_log_frequencies_from_before_the_micro_batch() -> None:
+    """With the clicks' own counts in them, they would tell which candidates were clicked."""
+    settings = load_settings(TrainerSettings, {}, item_rows=1024)
+    one, other = new_model(settings), new_model(settings)
+    for step, batch in enumerate(click_stream(10), 1):
+        catalogue = other.catalogue
+        before = {int(key): row for key, row in zip(catalogue.item_hash, catalogue.popularity_features(), strict=True)}
+        unknown = np.full(5, np.float32(np.log(settings.uniform_ratio) - np.log(max(catalogue.num_items, 1))))
+        other._count(batch, slice(0, len(batch)), step)
+        rewards = task_rewards((), batch.reward, batch.context)
+        clicks = Clicks(
+            other._query(batch), batch.item_hash, rewards, np.log(batch.sampling_probability),
+            batch.history_values, batch.history_offsets,
+        )  # fmt: skip
+        result = other.learner.learn(clicks, partial(_found, before, unknown))
+        assert one.learn(batch, step).result == result
+    states = [model.learner.state_dict() for model in (one, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert states[0]["query.leaning.weight"].abs().max() > 0.01
+
+
+def _found(features: dict[int, np.ndarray], unknown: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    return np.array([features.get(key, unknown) for key in asked.tolist()])
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {"correction": "mixed", "uniform_negatives": 40},
         {"loss": "gbce", "chosen_negatives": 5, "choice": "semi-hard"},
         {"preset": "paper", "hidden": (16,)},
+        {"personal_popularity": False},
     ],
-    ids=["mixed", "gbce", "paper"],
+    ids=["mixed", "gbce", "paper", "impersonal"],
 )
 def test_a_model_made_from_settings_learns_with_every_part_in_its_place(values: dict[str, object]) -> None:
     """From the settings to the catalogue's items and back: the loss falls, and the same seed gives the same bits."""
