@@ -201,7 +201,7 @@ class TrainerSettings(KafkaSettings):
     log(uniform_ratio / number of items)."""
     covisit: bool = True
     """Whether items clicked by the same users within a few clicks count in the score."""
-    covisit_partners: int = Field(64, ge=8, le=1_024, multiple_of=8)
+    covisit_partners: int = Field(128, ge=8, le=1_024, multiple_of=8)
     """Most co-visited items that are counted for each item, a multiple of 8; 12 bytes each."""
     covisit_window: int = Field(10, ge=1, le=1_000)
     """Newest distinct items of the history that a click is counted with."""

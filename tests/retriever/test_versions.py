@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import threading
 import time
@@ -26,7 +27,7 @@ from streamtower.versions import PublishedVersions
 from tests.retriever.published import CONFIG, Published, Publisher
 from tests.retriever.running import Running, running, wait_until
 from trainer.contract import CHECKSUM_FILE, MANIFEST_FILE, QUERY_TOWER_FILE, version_checksum, version_directory
-from trainer.towers import TowerConfig, build_towers
+from trainer.towers import TowerConfig, build_towers, query_inputs
 
 pytestmark = pytest.mark.index
 
@@ -275,7 +276,7 @@ def test_an_alias_on_a_foreign_collection_is_told(retriever: Running, publisher:
 
 
 def test_a_collection_of_other_dimensions_is_not_served(retriever: Running, publisher: Publisher) -> None:
-    version = publisher.publish(1, switch=False)
+    version = publisher.publish(1, config=dataclasses.replace(CONFIG, popularity_dims=0), switch=False)
     wrong = msgspec.structs.replace(version.manifest, popularity_dims=2, popularity_weights=[1.0, 1.0])
     publisher.write(wrong, version.tower)
     publisher.switch_to(1)
@@ -338,7 +339,11 @@ class TestLoading:
         np.testing.assert_allclose(np.linalg.norm(query.dense[:8]), (0.7 + 0.2 * known) / CONFIG.temperature, rtol=1e-5)
         assert query.indices == [hash_id("item-1") & 0xFFFFFFFF] and query.values == [0.3]
         assert query.covisit_weight == pytest.approx(0.6 - 0.1 * known)
-        assert query.dense[8] == pytest.approx(0.5 * (1.2 + 0.1 * known) * 20.0)
+        user, history = np.array([7], np.uint64), hash_ids(["item-1"])
+        inputs = query_inputs(CONFIG, user, history, np.array([0, 1]), {"device": ["phone"]})
+        leaning = version.tower(inputs)[0, 8].item()
+        assert abs(leaning) > 0.1
+        assert query.dense[8] == pytest.approx(0.5 * (1.2 + 0.1 * known + (0.7 + 0.2 * known) * leaning) * 20.0)
 
     def test_nobody_is_not_the_user_of_row_0(self, version: Published, publisher: Publisher) -> None:
         served = load_version(publisher.model_dir, publisher.alias, version.manifest.collection)
@@ -354,6 +359,7 @@ class TestLoading:
             (lambda directory, manifest: rewrite(directory, manifest, collection="other__v3"), "belongs to another"),
             (lambda directory, manifest: rewrite(directory, manifest, model_version=4), "holds version 4"),
             (lambda directory, manifest: rewrite(directory, manifest, embedding_dim=9), "embedding_dim 9, its tower 8"),
+            (lambda directory, manifest: rewrite(directory, manifest, popularity_dims=2), "dims 2, its tower 1"),
             (lambda directory, manifest: rewrite(directory, manifest, towers={"wrong": 1}), "no setting of the towers"),
             (
                 lambda directory, manifest: rewrite(directory, manifest, towers=manifest.towers | {"row_dim": 4}),
