@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +18,9 @@ from retriever.problems import ProblemError, problem_response
 
 GUARDED = "/v1/"
 """Paths under it want a key (where keys are set) and count as in flight; probes and metrics are open."""
+
+CHARGE = "charge"
+"""Name in a request's state of what a route calls with how many more requests the one that was let in stands for."""
 
 _ROUTE_OF_PATH = {
     "/v1/candidates": "candidates",
@@ -76,7 +80,8 @@ class Gate:
         self._count(guarded)
         try:
             if guarded:
-                self._check_caller(scope)
+                caller = self._check_caller(scope)
+                scope.setdefault("state", {})[CHARGE] = partial(self._rates.charge, caller)
                 self._check_in_flight()
             body = await self._read_body(Headers(scope=scope), receive)
             await self._app(scope, _replay(body, receive), send_and_note)
@@ -101,8 +106,8 @@ class Gate:
             self._metrics.refused.labels("overload").inc()
             raise ProblemError("overloaded", f"{self._max_in_flight} requests are under way; try again later")
 
-    def _check_caller(self, scope: Scope) -> None:
-        """Whether the request has a key, where one is wanted, and its caller is not above their rate."""
+    def _check_caller(self, scope: Scope) -> bytes:
+        """Whose request it is: it has a key, where one is wanted, and its caller is not above their rate."""
         caller = str((scope.get("client") or ("",))[0]).encode()
         if self._keys.are_wanted:
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -113,6 +118,7 @@ class Gate:
                 raise ProblemError("unauthorized", "send one of the service's keys as `Authorization: Bearer KEY`")
             caller = key
         self._check_rate(caller)
+        return caller
 
     def _check_rate(self, caller: bytes) -> None:
         if seconds := self._rates.seconds_to_wait(caller):

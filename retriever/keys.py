@@ -95,6 +95,9 @@ class Keys:
 class Rates:
     """A bucket of tokens for each caller: one for each request, `burst` at most, `per_second` come back each second.
 
+    What several requests in one call take is taken once the call is let in, so that there may be less than nothing in
+    the bucket: such a call is never refused for its size, and the next one waits the longer.
+
     A caller who is forgotten for others' sake begins with a full bucket; that is what bounds the memory.
     """
 
@@ -132,6 +135,12 @@ class Rates:
         if len(self._buckets) > self._max_callers:
             self._buckets.popitem(last=False)
         return 0 if may else max(1, math.ceil((1 - tokens) / self._per_second))
+
+    def charge(self, caller: bytes, num_requests: int) -> None:
+        """Counts further requests of a caller who was let in."""
+        if caller in self._buckets:
+            tokens, then = self._buckets[caller]
+            self._buckets[caller] = (tokens - num_requests, then)
 
 
 def _digest(key: str) -> bytes:

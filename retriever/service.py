@@ -34,7 +34,7 @@ from retriever.contract import (
     StatusAnswer,
     VersionAnswer,
 )
-from retriever.gate import GUARDED, Gate
+from retriever.gate import CHARGE, GUARDED, Gate
 from retriever.keys import Keys, Rates
 from retriever.metrics import Metrics
 from retriever.problems import KINDS, ProblemError, invalid_request, problem_response
@@ -88,8 +88,10 @@ def create_app(
         return Response(answer.model_dump_json(exclude=_hidden(request)), media_type=_JSON)
 
     @app.post("/v1/candidates:batch", response_model=BatchAnswer, responses=_problems(*_BODY, *_CALLER, 422, 503))
-    async def batch(request: BatchRequest) -> Response:
-        """The best items for several users, by one query to Qdrant."""
+    async def batch(request: BatchRequest, http: Request) -> Response:
+        """The best items for several users, by one query to Qdrant. To the rate limit it is as many requests as it
+        holds: it is let in as one, and then the next call waits until all of them are paid for."""
+        getattr(http.state, CHARGE)(len(request.requests) - 1)
         answers = await retriever.batch(request.requests)
         told = (one.model_dump_json(exclude=_hidden(of)) for of, one in zip(request.requests, answers, strict=True))
         return Response(f'{{"answers":[{",".join(told)}]}}', media_type=_JSON)

@@ -33,7 +33,8 @@ class RetrieverSettings(KafkaSettings):
     keys can be exchanged without a restart; an empty file lets nobody in."""
     rate_limit_per_second: float = Field(0.0, ge=0, le=1_000_000)
     """Requests to /v1/* that each key, or each address where no key is wanted, may make a second in the long run; one
-    more is answered with 429. Wrong keys count for their address. 0: no limit."""
+    more is answered with 429. A batch is as many requests as it holds. Wrong keys count for their address. 0: no
+    limit."""
     rate_limit_burst: int = Field(100, ge=1, le=1_000_000)
     """Requests that a caller who was quiet may make at once, with rate_limit_per_second."""
 

@@ -152,8 +152,22 @@ def test_a_slow_rate_says_how_long_to_wait() -> None:
     assert rates.seconds_to_wait(b"a") == 0
 
 
+def test_what_one_call_takes_beyond_its_bucket_is_waited_for_afterwards() -> None:
+    clock = Clock()
+    rates = Rates(2.0, 3, clock)
+    assert rates.seconds_to_wait(b"a") == 0
+    rates.charge(b"a", 9)
+    assert rates.seconds_to_wait(b"a") == 4, "7 below nothing, and one for itself, at 2 a second"
+    assert rates.seconds_to_wait(b"b") == 0
+    clock.now += 3.5
+    assert rates.seconds_to_wait(b"a") == 1
+    clock.now += 0.5
+    assert [rates.seconds_to_wait(b"a") for _ in range(2)] == [0, 1]
+
+
 def test_without_a_rate_nobody_is_held_back_or_remembered() -> None:
     rates = Rates(0.0, 1)
+    rates.charge(b"a", 5)
     assert {rates.seconds_to_wait(b"a") for _ in range(100)} == {0}
     assert len(rates) == 0
 
@@ -206,6 +220,19 @@ def test_over_http_without_keys_the_address_has_a_rate(tmp_path: Path) -> None:
     )
     with running(settings) as made:
         assert [ask(made)[0], ask(made, OLD)[0]] == [503, 429]
+
+
+def test_over_http_a_batch_is_as_many_requests_as_it_holds(tmp_path: Path) -> None:
+    settings = RetrieverSettings(
+        qdrant=DEAD, model_dir=tmp_path, search_timeout_seconds=0.1, rate_limit_per_second=0.1, rate_limit_burst=10
+    )
+    with running(settings) as made:
+        invalid = made.http.post("/v1/candidates:batch", json={"requests": []})
+        of_eight = made.http.post("/v1/candidates:batch", json={"requests": [{"user_id": "u"}] * 8})
+        assert (invalid.status_code, of_eight.status_code) == (422, 503)
+        assert [ask(made)[0] for _ in range(2)] == [503, 429]
+        batch = made.http.get("/openapi.json").json()["paths"]["/v1/candidates:batch"]["post"]
+        assert "as many requests as it" in " ".join(batch["description"].split())
 
 
 def test_over_http_an_exchanged_file_of_keys_opens_and_closes(tmp_path: Path) -> None:
