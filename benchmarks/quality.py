@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "paper": {"preset": "paper"},
     "no_covisit": {"covisit": False},
     "no_personal_popularity": {"personal_popularity": False},
+    "no_history_length": {"use_history_length": False},
     "one_half_life": {"further_half_lives_clicks": ()},
     "fixed_weights": {"adapt_weights": False},
     "counts_renewed_every_256": {"refresh_clicks": 256},

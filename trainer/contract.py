@@ -143,9 +143,12 @@ def load_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+LOG_HISTORY_SHIFT = 1.5
+
+
 def log_history(num_items: int) -> float:
     """ln(1 + number of history items) − 1.5: what weights may depend on. Near 0 for four items."""
-    return math.log1p(num_items) - 1.5
+    return math.log1p(num_items) - LOG_HISTORY_SHIFT
 
 
 def query_vector(

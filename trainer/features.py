@@ -75,6 +75,8 @@ class TowerConfig:
     """Newest items of a history that count, 1 … 1000."""
     history_decay: float = 0.8
     """Weight of a history item relative to the next newer one, in (0, 1]; 1 is the plain mean."""
+    use_history_length: bool = False
+    """Whether the query tower knows how many items the history has."""
     use_user_id: bool = False
     """Whether the query tower has a row per user."""
     context: tuple[Feature, ...] = ()
@@ -83,7 +85,7 @@ class TowerConfig:
     """Item features, from the item events."""
     hidden: tuple[int, ...] = ()
     """Sizes of the ReLU layers before the last, linear one, in both towers; () makes the towers linear."""
-    temperature: float = 0.1
+    temperature: float = 0.12
     """Logits are cosines divided by it, in (0, 10]."""
     popularity_dims: int = 0
     """Log frequencies for each of which the query tower gives a weight of its own, 0 … 1000; 0: it gives none."""
@@ -107,6 +109,7 @@ class TowerConfig:
         require("history_decay", float, lambda value: 0 < value <= 1, "a number in (0, 1]")
         require("temperature", float, lambda value: 0 < value <= 10, "a number in (0, 10]")
         require("popularity_dims", int, lambda value: 0 <= value <= 1000, "an integer of 0 … 1000")
+        require("use_history_length", bool, lambda value: True, "true or false")
         require("use_user_id", bool, lambda value: True, "true or false")
         if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in self.hidden):
             problems.append(f"hidden must hold sizes of at least 1, not {list(self.hidden)!r}")

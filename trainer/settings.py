@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "covisit": False,
         "adapt_weights": False,
         "personal_popularity": False,
+        "use_history_length": False,
     },
 }
 """Values that a preset gives to the settings that are not set themselves."""
@@ -135,11 +136,13 @@ class TrainerSettings(KafkaSettings):
     """Newest items of a user's history that the query tower sees."""
     history_decay: float = Field(0.8, gt=0, le=1)
     """Weight of a history item relative to the next newer one; 1 is the plain mean."""
+    use_history_length: bool = True
+    """Whether the query tower knows how many items the history has."""
     use_user_id: bool = False
     """Whether the query tower has a row for each user."""
     hidden: tuple[int, ...] = ()
     """JSON list of the sizes of the towers' hidden layers; []: linear towers."""
-    temperature: float = Field(0.1, gt=0, le=10)
+    temperature: float = Field(0.12, gt=0, le=10)
     """Logits are cosines divided by it."""
     personal_popularity: bool = True
     """Whether the query tower gives each user weights for the log frequencies, beside those that are the same for all:
@@ -271,8 +274,8 @@ class TrainerSettings(KafkaSettings):
     def towers(self) -> dict[str, Any]:
         """The towers' configuration as plain data, for `TowerConfig.from_dict`."""
         names = (
-            "embedding_dim row_dim item_rows user_rows feature_rows history_length history_decay use_user_id hidden "
-            "temperature tasks"
+            "embedding_dim row_dim item_rows user_rows feature_rows history_length history_decay "
+            "use_history_length use_user_id hidden temperature tasks"
         )
         plain: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
         plain["popularity_dims"] = (1 + len(self.further_half_lives_clicks)) if self.personal_popularity else 0

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.contract import LOG_HISTORY_SHIFT
 from trainer.features import (
     Bags,
     EncodedItem,
@@ -54,6 +55,8 @@ __all__ = [
     "save_query_tower",
 ]
 
+HISTORY_SCALE = 0.3
+"""Of `log_history` beside the rows, which are small."""
 ROW_STD = 0.1
 """Rows of items and features start as N(0, ROW_STD²); those of users at 0, so that a new user is no noise."""
 
@@ -104,12 +107,14 @@ class NumberScale(nn.Module):  # type: ignore[misc]
 class _Tower(nn.Module):  # type: ignore[misc]
     """Rows and numbers side by side → hidden ReLU layers → a linear layer → length 1."""
 
-    def __init__(self, config: TowerConfig, features: tuple[Feature, ...], with_user: bool) -> None:
+    def __init__(
+        self, config: TowerConfig, features: tuple[Feature, ...], with_user: bool, with_length: bool = False
+    ) -> None:
         super().__init__()
         num_numbers = sum(feature.kind == "number" for feature in features)
         num_slots = 1 + len(features) - num_numbers + with_user
         self.scale = NumberScale(num_numbers)
-        sizes = [num_slots * config.row_dim + 2 * num_numbers, *config.hidden, config.embedding_dim]
+        sizes = [num_slots * config.row_dim + 2 * num_numbers + with_length, *config.hidden, config.embedding_dim]
         self.layers = nn.ModuleList(nn.Linear(size, next_size) for size, next_size in pairwise(sizes))
 
     def _pooled(self, bags: list[tuple[Bags, Tensor]], numbers: Tensor) -> Tensor:
@@ -144,7 +149,8 @@ class ItemTower(_Tower):
 
 
 class QueryTower(_Tower):
-    """Decayed mean of history rows, context rows and numbers, user rows where configured → query embedding.
+    """Decayed mean of history rows, context rows and numbers, user rows where configured, the history's length → query
+    embedding.
 
     With tasks each has a head, a linear layer that starts as the identity; its output of length 1 is the query
     embedding of that task. The item embeddings are the same for all, so that the weighted mean of the tasks' scores is
@@ -155,7 +161,7 @@ class QueryTower(_Tower):
     """
 
     def __init__(self, config: TowerConfig, tables: Tables) -> None:
-        super().__init__(config, config.context, with_user=config.use_user_id)
+        super().__init__(config, config.context, config.use_user_id, config.use_history_length)
         self.config = config
         self.tables = tables
         if config.popularity_dims:
@@ -186,6 +192,10 @@ class QueryTower(_Tower):
         log frequencies: float32 [B, P]."""
         bags = [(inputs.items, tables.items), (inputs.features, tables.features), (inputs.users, tables.users)]
         pooled = self._pooled(bags, inputs.numbers)
+        if self.config.use_history_length:
+            lengths_B = inputs.items.offsets.diff()[:: inputs.items.num_bags]
+            known_B = HISTORY_SCALE * (torch.log1p(lengths_B.float()) - LOG_HISTORY_SHIFT)
+            pooled = torch.cat([pooled, known_B[:, None]], dim=1)
         leaning_BP = self.leaning(pooled) if self.config.popularity_dims else pooled.new_empty(len(pooled), 0)
         embedding_BD = self._embed(pooled)
         if not self.config.tasks:

@@ -36,6 +36,7 @@ CONFIG = TowerConfig(
     history_length=5,
     use_user_id=True,
     popularity_dims=1,
+    use_history_length=True,
     context=(Feature("device", "categorical"), Feature("hour", "number"), Feature("watching", "item")),
 )
 POPULARITY_SCALE = 20.0

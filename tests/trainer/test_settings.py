@@ -28,9 +28,9 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_defaults_are_those_of_the_parts() -> None:
     settings = load_settings(TrainerSettings, {})
     # A weight of its own for each half-life, which the towers know from their configuration alone.
-    assert TowerConfig.from_dict(settings.towers()) == TowerConfig(popularity_dims=5)
+    assert TowerConfig.from_dict(settings.towers()) == TowerConfig(popularity_dims=5, use_history_length=True)
     impersonal = load_settings(TrainerSettings, {}, personal_popularity=False)
-    assert TowerConfig.from_dict(impersonal.towers()) == TowerConfig()
+    assert TowerConfig.from_dict(impersonal.towers()) == TowerConfig(use_history_length=True)
     assert TrainingConfig(**settings.training()) == TrainingConfig()
     assert settings.training().keys() == {field.name for field in dataclasses.fields(TrainingConfig)}
     assert settings.towers().keys() | {"context", "item"} == {field.name for field in dataclasses.fields(TowerConfig)}

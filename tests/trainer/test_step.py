@@ -192,7 +192,7 @@ def test_who_leans_to_the_long_tail_is_told_from_who_leans_to_what_all_click() -
         return np.array([[popularity[key]] for key in item_hash.tolist()], np.float32)
 
     random, told = np.random.default_rng(4), hash_ids(["of the one", "of the other"])
-    for _ in range(60):
+    for _ in range(100):
         kind = random.integers(2, size=32)
         item = ITEM_HASH[30 * kind + random.integers(30, size=32)]
         history, offsets = told[kind], np.arange(33)

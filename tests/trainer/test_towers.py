@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from streams.contract import hash_id, hash_ids
+from trainer.contract import log_history
 from trainer.rewards import Task
 from trainer.towers import (
     Feature,
@@ -34,7 +35,7 @@ FULL = dataclasses.replace(
     hidden=(8,),
 )
 TASKS = dataclasses.replace(FULL, tasks=(Task("reward", 1.0), Task("purchase", 3.0)))
-LEANING = dataclasses.replace(FULL, popularity_dims=3)
+LEANING = dataclasses.replace(FULL, popularity_dims=3, use_history_length=True)
 CONFIGS = pytest.mark.parametrize("config", [LINEAR, FULL], ids=["linear", "full"])
 
 
@@ -181,7 +182,7 @@ def test_the_weighted_mean_of_the_tasks_scores_is_one_inner_product() -> None:
 
 
 @pytest.mark.parametrize("tasks", [(), TASKS.tasks], ids=["one", "tasks"])
-def test_behind_the_embedding_is_the_leaning_linear_in_what_the_layers_start_from_and_0_at_first(
+def test_behind_the_embedding_is_the_leaning_linear_in_what_is_known_of_the_user_and_0_at_first(
     tasks: tuple[Task, ...],
 ) -> None:
     config = dataclasses.replace(LEANING, tasks=tasks)
@@ -196,9 +197,16 @@ def test_behind_the_embedding_is_the_leaning_linear_in_what_the_layers_start_fro
         parameter.normal_(generator=torch.Generator().manual_seed(1))
     table, device = tower.tables.items, tower.tables.features[int(inputs.features.rows[0])]
     user = torch.zeros(4)
-    known = torch.cat([row(config, table, "a"), row(config, table, "b"), device, user, torch.tensor([0.5, 1.0])])
+    known = torch.cat(
+        [row(config, table, "a"), row(config, table, "b"), device, user, torch.tensor([0.5, 1.0, 0.3 * log_history(1)])]
+    )
     torch.testing.assert_close(tower(inputs)[0, 6:], tower.leaning.weight @ known + tower.leaning.bias)
-    torch.testing.assert_close(tower(inputs)[1, 6:], tower.leaning.bias)
+    nothing = 0.3 * log_history(0) * tower.leaning.weight[:, -1]
+    torch.testing.assert_close(tower(inputs)[1, 6:], nothing + tower.leaning.bias)
+    first, last = tower.layers
+    if not tasks:
+        embedding = unit(last.weight @ torch.relu(first.weight @ known + first.bias) + last.bias)
+        torch.testing.assert_close(tower(inputs)[0, :6], embedding)
     assert torch.equal(tower(inputs)[:, :6], without(inputs))
 
 
@@ -229,6 +237,7 @@ def test_a_stored_query_tower_gives_the_same_bits(config: TowerConfig, tmp_path:
         {"context": ()},
         {"tasks": (Task("reward", 1.0),)},
         {"popularity_dims": 2},
+        {"use_history_length": True},
     ],
 )
 def test_a_query_tower_of_another_configuration_is_refused(change: dict[str, object], tmp_path: Path) -> None:
