@@ -2,9 +2,10 @@
 
 The stream of opam (packages and what they depend on, with real texts). Each package is announced on the topic `items`
 when it is first published, with its synopsis, description and tags; the clicks come in between, as the trainer gets
-both. Every click of the second half is foreseen before it is learnt. Counted are clicks on items that had no click
-before, and on those that had fewer than 5: the share whose item was among the 100 best of all known items, by the
-served score at several settings of the popularity knob, by live popularity, and by chance.
+both. Every click of the second half is foreseen before it is learnt. Counted are clicks by how many their item had
+before: the share whose item was among the 100 best of all known items, by the served score at several settings of the
+popularity knob, by live popularity, and by chance; of those without an earlier click also the share among the 100 best
+of all such items alone, as for a place on the page that is kept for new ones.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from trainer.settings import TrainerSettings
 
 K = 100
 FEW = 5
-KNOBS = (1.0, 0.5, 0.0, -0.5)
+KNOBS = (1.0, 0.5, 0.0, -0.5, -1.0)
+AMONG_NEW = "among_new"
+"""Stem of the measures that rank items without clicks alone."""
 VARIANTS = {"with_texts": "default", "ids_alone": IDS_ALONE}
 
 
@@ -82,15 +85,24 @@ def recalls(dataset: Dataset, settings: TrainerSettings, published: dict[int, fl
         model.take(list(_announced(waiting, float(batch.event_time.min()), changes)), 2 * number)
         if done >= clicks.num_clicks // 2:
             _foresee(model, batch, ranks)
+            _foresee_among_new(model, batch, ranks, earlier)
             num_earlier += _earlier(batch, earlier)
         earlier.update(batch.item_hash.tolist())
         model.learn(batch, 2 * number + 1)
         done += len(batch)
     had = np.array(num_earlier)
     result = {}
-    for group, of in (("no_earlier_click", had == 0), (f"fewer_than_{FEW}_earlier_clicks", had < FEW)):
+    groups = {
+        "no_earlier_click": had == 0,
+        f"1_to_{FEW - 1}_earlier_clicks": (had > 0) & (had < FEW),
+        f"fewer_than_{FEW}_earlier_clicks": had < FEW,
+        f"{FEW}_or_more_earlier_clicks": had >= FEW,
+    }
+    for group, of in groups.items():
         result[f"{group}.clicks"] = float(np.count_nonzero(of))
         for name, parts in ranks.items():
+            if name.startswith(AMONG_NEW) and group != "no_earlier_click":
+                continue
             hits = np.concatenate(parts)[of]
             result[f"{group}.{name}.recall_at_{K}"] = float(hits.mean())
     return result
@@ -123,6 +135,24 @@ def _foresee(model: Model, batch: MicroBatch, ranks: dict[str, list[np.ndarray]]
     ranks.setdefault("popularity", []).append(tested.popularity_rank <= K)
     ranks.setdefault("random", []).append(np.minimum(1.0, K / known) * found)
     ranks.setdefault("ceiling", []).append(found.astype(np.float64))
+
+
+def _foresee_among_new(
+    model: Model, batch: MicroBatch, ranks: dict[str, list[np.ndarray]], earlier: Counter[int]
+) -> None:
+    """The same where all items that were clicked before are taken for gone. The knob is of no account: all that are
+    left have the same popularity."""
+    catalogue = model.catalogue
+    deleted, num_deleted = catalogue.deleted.copy(), catalogue.num_deleted
+    new = np.array([earlier[item] == 0 for item in catalogue.item_hash[: len(catalogue)].tolist()])
+    catalogue.deleted[~new] = True
+    catalogue.num_deleted = int(catalogue.deleted.sum())
+    tested = model.test(batch)
+    assert tested is not None
+    ranks.setdefault(AMONG_NEW, []).append(tested.rank <= K)
+    found = catalogue.find(batch.item_hash) >= 0
+    ranks.setdefault(f"{AMONG_NEW}_random", []).append(found * min(1.0, K / max(1, catalogue.num_items)))
+    catalogue.deleted[:], catalogue.num_deleted = deleted, num_deleted
 
 
 if __name__ == "__main__":

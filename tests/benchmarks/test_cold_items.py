@@ -8,8 +8,10 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
-from benchmarks.cold_items import _announced, _earlier
+from benchmarks import cold_items
+from benchmarks.cold_items import _announced, _earlier, _foresee_among_new
 from streams.contract import MicroBatch, hash_ids
 from trainer.item_events import ItemChange
 from trainer.model import Model, new_model
@@ -92,6 +94,24 @@ def test_a_new_item_is_a_candidate_for_fitting_users_before_its_first_click_beca
     ids_alone = ranks_of_new_items(taught(""))
     # Without them, new items are as random as their rows: one of the four is right by chance.
     assert np.mean(ids_alone.argmin(0) == own[:, None]) < 0.5
+
+
+def test_new_items_are_ranked_among_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four new items, that of the user's taste is first; the others are not gone afterwards."""
+    monkeypatch.setattr(cold_items, "K", 1)
+    model = taught(json.dumps({"item": [{"name": "text", "kind": "text"}]}))
+    new = hash_ids([item_id(taste, ITEMS_OF_A_TASTE - 1) for taste in range(TASTES)])
+    earlier = Counter(dict.fromkeys(set(model.catalogue.item_hash.tolist()) - set(new.tolist()), 1))
+    batch = made_batch(np.random.default_rng(2), 10**6, new_item=(1, ITEMS_OF_A_TASTE - 1))
+    ranks: dict[str, list[np.ndarray]] = {}
+    before = model.test(batch)
+    _foresee_among_new(model, batch, ranks, earlier)
+    after = model.test(batch)
+    assert np.mean(ranks["among_new"][0]) > 0.95
+    assert set(ranks["among_new_random"][0].tolist()) == {1 / TASTES}
+    assert before is not None and after is not None
+    np.testing.assert_array_equal(after.rank, before.rank)
+    assert model.catalogue.num_deleted == 0
 
 
 def test_earlier_clicks_are_those_before_the_row() -> None:
