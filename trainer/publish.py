@@ -139,9 +139,14 @@ class Publisher:
         self._canary = float(batch.event_time[is_canary].max())
         return None if is_canary.all() else batch.take(np.flatnonzero(~is_canary))
 
-    def advance(self) -> None:
-        """Takes up what has finished and begins what is due. Never waits; raises only what is a bug."""
+    def advance(self, num_waiting: int = 0) -> None:
+        """Takes up what has finished and begins what is due. Never waits; raises only what is a bug.
+
+        Args:
+            num_waiting: micro-batches that wait to be learnt: they go before a new version.
+        """
         now = self._rising()
+        (self._rollout.no_backlog.clear if num_waiting else self._rollout.no_backlog.set)()
         self._finish(now)
         if self._look is None and now >= self._look_due:
             self._look_due = now + self._settings.publish_interval_seconds

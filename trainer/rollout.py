@@ -31,6 +31,10 @@ LARGEST_RISE = 5.0
 of a short half-life reach their floor soon, and fall no further: without a bound, whatever is touched would end above
 all else. Measured in docs/results.md."""
 
+LONGEST_WAIT_RATIO = 3.0
+"""Filling a version waits for micro-batches to be learnt, at most so many times as long as it works: a trainer that
+never catches up has new versions too."""
+
 ResultT = TypeVar("ResultT")
 log = structlog.get_logger()
 
@@ -198,9 +202,12 @@ class Rollout:
     rising: Callable[[], float] = time.monotonic
     no_delta: threading.Event = field(default_factory=threading.Event)
     """Set while no delta is being written."""
+    no_backlog: threading.Event = field(default_factory=threading.Event)
+    """Set while no micro-batch waits to be learnt."""
 
     def __post_init__(self) -> None:
         self.no_delta.set()
+        self.no_backlog.set()
 
     def fill(self, taken: Copy) -> Filled:
         """Fills a new collection with every item of the copy."""
@@ -215,7 +222,7 @@ class Rollout:
         hnsw = len(taken.points) >= self.settings.hnsw_from_items
         size = taken.manifest.embedding_dim + taken.manifest.popularity_dims
         self.index.create(number, size, hnsw=hnsw, covisit=taken.covisit is not None)
-        done = 0
+        done, clicks_first = 0, _ClicksFirst(self)
         for inputs in taken.inputs:
             with torch.inference_mode():
                 embedding = taken.item_tower(inputs).numpy()
@@ -228,7 +235,7 @@ class Rollout:
                 taken.sparse_vectors(part),
             )
             for batch in points.batches(self.settings.publish_batch_points):
-                self._let_deltas_pass()
+                clicks_first()
                 self.index.upsert(number, batch, version.step)
             done += len(embedding)
         return Filled(taken, version, started)
@@ -236,7 +243,7 @@ class Rollout:
     def check(self, filled: Filled, catch_up: Delta) -> Checked:
         """Catches up on what was touched while it was filled, and asks the canaries. Deltas go on meanwhile."""
         number, copied = filled.version.number, filled.copy
-        self._write(number, catch_up, self._let_deltas_pass)
+        self._write(number, catch_up, _ClicksFirst(self))
         self.index.wait_until_green(number, self.settings.green_seconds)
         item_hash = catch_up.applied_to(copied.points.item_hash)
         names = {"model_version": number, "collection": collection_name(self.index.alias, number)}
@@ -284,10 +291,6 @@ class Rollout:
         finally:
             self.no_delta.set()
         return Done(delta.step, len(delta.points), self.rising() - started, self.clock())
-
-    def _let_deltas_pass(self) -> None:
-        # Clicks wait for them. Only so long, or deltas without a gap would stop versions.
-        self.no_delta.wait(self.settings.publish_interval_seconds)
 
     def _write(self, number: int, delta: Delta, before_each: Callable[[], object] = lambda: None) -> None:
         if len(delta.gone):
@@ -342,3 +345,19 @@ class Rollout:
             before = [number for number in numbers if number < live]
             for number in before[: max(0, len(before) - self.settings.keep_versions + 1)]:
                 remove(number)
+
+
+class _ClicksFirst:
+    """Called before each batch of a version that is being filled: lets what clicks wait for pass."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self._rollout = rollout
+        self._since = rollout.rising()
+
+    def __call__(self) -> None:
+        rollout = self._rollout
+        worked = rollout.rising() - self._since
+        # Only so long, or deltas without a gap would stop versions.
+        rollout.no_delta.wait(rollout.settings.publish_interval_seconds)
+        rollout.no_backlog.wait(LONGEST_WAIT_RATIO * worked)
+        self._since = rollout.rising()

@@ -51,7 +51,7 @@ class SilentPublisher:
     def without_canary(self, batch: MicroBatch) -> MicroBatch | None:
         return batch
 
-    def advance(self) -> None:
+    def advance(self, num_waiting: int = 0) -> None:
         self.num_advances += 1
 
     def close(self) -> None:

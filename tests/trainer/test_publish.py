@@ -36,7 +36,7 @@ from trainer.evaluate import Prequential
 from trainer.index import Index, IndexAwayError, Points, new_client
 from trainer.item_events import ItemChange
 from trainer.progress import Progress
-from trainer.rollout import LARGEST_RISE, PublishSettings
+from trainer.rollout import LARGEST_RISE, LONGEST_WAIT_RATIO, PublishSettings
 from trainer.step import Learner
 from trainer.towers import load_query_tower, query_inputs
 
@@ -442,6 +442,38 @@ def test_filling_a_version_waits_while_a_delta_is_written(new: Callable[..., Pub
     go_on.set()
     publishing.until(lambda: publishing.live == 2)
     assert order[:2] == [1, 2]
+
+
+def test_filling_a_version_waits_for_micro_batches_to_be_learnt_but_not_for_ever(
+    new: Callable[..., Publishing],
+) -> None:
+    def asked(publishing: Publishing, num_waiting: int) -> list[float]:
+        """How long it was ready to wait, before each batch, where each takes a second."""
+        waits: list[float] = []
+        no_backlog = publishing.rollout.no_backlog
+
+        def wait(timeout: float) -> bool:
+            if not no_backlog.is_set():
+                waits.append(timeout)
+            return True
+
+        no_backlog.wait = wait  # type: ignore[assignment]
+        publishing.clock.now += 1_000.0
+        version = publishing.live or 0
+        while publishing.live != version + 1:
+            publishing.publisher.advance(num_waiting)
+        return waits
+
+    class Slow(Index):
+        def upsert(self, version: int, points: Points, step: int, **known: bool) -> None:
+            super().upsert(version, points, step, **known)
+            clock.now += 1.0
+
+    publishing = new(index_class=Slow)
+    clock = publishing.clock
+    publishing.click(*[f"i{n}" for n in range(12)])
+    assert asked(publishing, 0) == []
+    assert asked(publishing, 2) == [0.0, LONGEST_WAIT_RATIO, LONGEST_WAIT_RATIO]
 
 
 class Dying(Index):
