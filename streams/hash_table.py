@@ -1,7 +1,7 @@
-"""Where a 64-bit key lies among others: open addressing with linear probing, over arrays that belong to somebody else.
+"""PUBLIC: where a 64-bit key lies among others: open addressing with linear probing, over keys of somebody else's.
 
-Station: under `history` and `duplicates`. `keys` are uint64 [n], one in each slot; `table` is int32, a power of two of
-places, at most half full: a slot's number or EMPTY. It counts nothing and owns nothing.
+Station: under `history` and `duplicates`, and under the trainer's catalogue. `keys` are uint64 [n], one in each slot;
+`table` is int32, a power of two of places, at most half full: a slot's number or EMPTY. It counts nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from streams.contract import UInt64Array
+from streams.contract import Int64Array, UInt64Array
 from streams.kernel import kernel
 
 Int32Array = npt.NDArray[np.int32]
@@ -39,10 +39,17 @@ def find(key: np.uint64, keys: UInt64Array, table: Int32Array) -> int:
 
 
 @kernel
-def index(keys: UInt64Array, num_keys: int, table: Int32Array) -> None:
-    """Enters the first `num_keys` keys into an empty table."""
-    for slot in range(num_keys):
+def index(keys: UInt64Array, num_keys: int, table: Int32Array, start: int = 0) -> None:
+    """Enters the first `num_keys` keys into a table that has the first `start` of them."""
+    for slot in range(start, num_keys):
         table[find(keys[slot], keys, table)] = slot
+
+
+@kernel
+def find_slots(wanted: UInt64Array, keys: UInt64Array, table: Int32Array, slots: Int64Array) -> None:
+    """The slots of many keys, EMPTY where there is none."""
+    for i in range(len(wanted)):
+        slots[i] = table[find(wanted[i], keys, table)]
 
 
 @kernel
@@ -58,3 +65,25 @@ def remove(hole: int, keys: UInt64Array, table: Int32Array) -> None:
             table[place] = EMPTY
             hole = place
         place = (place + 1) & mask
+
+
+class SlotIndex:
+    """Finds slots of keys that are added at the end."""
+
+    def __init__(self) -> None:
+        self._table = new_table(512)
+        self._num_keys = 0
+
+    def add(self, keys: UInt64Array, num_keys: int) -> None:
+        """Enters what has been added: `keys` has `num_keys` distinct ones now, those that were there in their slots."""
+        if 2 * num_keys > len(self._table):
+            self._table, self._num_keys = new_table(2 * num_keys), 0
+        index(keys, num_keys, self._table, self._num_keys)
+        self._num_keys = num_keys
+
+    def find(self, wanted: UInt64Array, keys: UInt64Array) -> Int64Array:
+        """int64 [n] slots of the wanted keys, −1 where there is none."""
+        slots = np.empty(len(wanted), np.int64)
+        # A copy: an array that cannot be written to, as Arrow gives them, is another type to the compiler.
+        find_slots(np.array(wanted, np.uint64), keys, self._table, slots)
+        return slots

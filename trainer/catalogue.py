@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array, hash_ids
+from streams.hash_table import SlotIndex
 from trainer.admission import Admission
 from trainer.columns import Changes, Column
 from trainer.embeddings import Embeddings
@@ -74,7 +75,7 @@ class Catalogue:
         self._expire_clicks = expire_clicks
         self._rates: Float64Array = math.log(2) / np.array([half_life_clicks, *further_half_lives], np.float64)
         self._log_uniform_ratio = math.log(uniform_ratio)
-        self._row: dict[int, int] = {}
+        self._rows = SlotIndex()
         self._item_ids: list[str] = []
         self._payloads: list[bytes] = []
         self._size = 0
@@ -157,8 +158,7 @@ class Catalogue:
 
     def find(self, item_hash: UInt64Array) -> Int64Array:
         """Rows of these items, −1 where unknown: int64 [n]."""
-        get = self._row.get
-        return np.fromiter((get(key, -1) for key in item_hash.tolist()), np.int64, len(item_hash))
+        return self._rows.find(item_hash, self._item_hash)
 
     def inputs(self, item_hash: UInt64Array) -> ItemInputs:
         """Inputs of the item tower for any items, known or not."""
@@ -176,9 +176,7 @@ class Catalogue:
             first = np.sort(first[rows[first] < 0])
             self._touch(rows[rows >= 0], step)
             self._make_room(len(first), step)
-            new = np.arange(self._size, self._size + len(first))
             self._extend(item_hash[first], [str(item_ids[int(row)]) for row in first], step)
-            self._row.update(zip(item_hash[first].tolist(), new.tolist(), strict=True))
             self.admission.forget(item_hash[first])
             rows = self.find(item_hash)
         self._touch(rows, step)
@@ -223,8 +221,7 @@ class Catalogue:
 
     @property
     def log_totals(self) -> Float64Array:
-        """float64 [H] log counts of all items on the scale of `log_counts`: log q is the difference. 0 before the first
-        click."""
+        """float64 [H] those of all items: log q is the difference of `log_counts`. 0 before the first click."""
         return self._log_total.copy() if self.clicks_counted else np.zeros(len(self._rates))
 
     def log_counts(self, rows: Int64Array | slice = slice(None), floor: Float64Array | None = None) -> Float64Array:
@@ -247,8 +244,7 @@ class Catalogue:
 
     def log_q(self, rows: Int64Array | slice = slice(None)) -> Float64Array:
         """float64 [n] log of the items' shares of the recent clicks."""
-        log_q: Float64Array = self.log_qs(rows)[:, 0]
-        return log_q
+        return np.asarray(self.log_qs(rows)[:, 0])
 
     def popularity(self) -> Float32Array:
         """float32 [N] log q, −inf where the item is gone."""
@@ -295,8 +291,8 @@ class Catalogue:
     def changes(self) -> dict[str, Changes]:
         """Name in the state → which rows have changed: those that were touched, or embedded."""
         features = [f"features.{name}" for name in self.features.state_dict()]
-        embeddings = {f"embeddings.{name}": changes for name, changes in self.embeddings.changes.items()}
-        return dict.fromkeys([*_ROWS, "item_id", "payload", *features], self._changed) | embeddings
+        embedded = {f"embeddings.{name}": changes for name, changes in self.embeddings.changes.items()}
+        return dict.fromkeys([*_ROWS, "item_id", "payload", *features], self._changed) | embedded
 
     def state_dict(self) -> dict[str, Column]:
         """Everything but `published`; its own columns, to be copied before the next change."""
@@ -328,8 +324,7 @@ class Catalogue:
         for name in _ROWS:
             setattr(self, f"_{name}", np.array(state[name]))
         self._published = np.full(self._size, -1, np.int64)
-        self._row = dict(zip(self._item_hash.tolist(), range(self._size), strict=True))
-        self.num_deleted = int(self._deleted.sum())
+        self._number_rows()
         for name in _NUMBERS:
             setattr(self, name, int(state[name]))
         if self.clicks_counted:
@@ -366,6 +361,7 @@ class Catalogue:
                 )
             )
         self._item_hash[start : self._size] = item_hash
+        self._rows.add(self._item_hash, self._size)
         self._added[start : self._size] = step
         self._item_ids += item_ids
         self._payloads += [NO_PAYLOAD] * len(item_ids)
@@ -396,5 +392,9 @@ class Catalogue:
         self.on_keep(kept)
         self._size = len(kept)
         self._changed.mark_all()
-        self._row = dict(zip(self._item_hash.tolist(), range(self._size), strict=True))
+        self._number_rows()
+
+    def _number_rows(self) -> None:
+        self._rows = SlotIndex()
+        self._rows.add(self._item_hash, self._size)
         self.num_deleted = int(self._deleted.sum())
