@@ -66,6 +66,8 @@ GATHER_ITEMS = 8_192
 """Items whose inputs are gathered, and that are embedded, at a time."""
 LONGEST_PAUSE_SECONDS = 30.0
 """Between attempts to publish, while Qdrant is away."""
+FEW_MICRO_BATCHES = 4
+"""So many wait to be learnt at times although the trainer is not behind."""
 CLOSE_SECONDS = 3.0
 """How long `close` waits for what is under way."""
 SWEEP_SECONDS = 60.0
@@ -143,10 +145,11 @@ class Publisher:
         """Takes up what has finished and begins what is due. Never waits; raises only what is a bug.
 
         Args:
-            num_waiting: micro-batches that wait to be learnt: they go before a new version.
+            num_waiting: micro-batches that wait to be learnt: more than a few of them go before a new version.
         """
         now = self._rising()
-        (self._rollout.no_backlog.clear if num_waiting else self._rollout.no_backlog.set)()
+        is_behind = num_waiting > FEW_MICRO_BATCHES
+        (self._rollout.no_backlog.clear if is_behind else self._rollout.no_backlog.set)()
         self._finish(now)
         if self._look is None and now >= self._look_due:
             self._look_due = now + self._settings.publish_interval_seconds

@@ -1,4 +1,4 @@
-"""What all tests of the trainer share."""
+"""What all tests of the trainer share. Properties run without a deadline: the first call of a kernel compiles it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("trainer", deadline=None)
+settings.load_profile("trainer")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -36,6 +36,7 @@ from trainer.evaluate import Prequential
 from trainer.index import Index, IndexAwayError, Points, new_client
 from trainer.item_events import ItemChange
 from trainer.progress import Progress
+from trainer.publish import FEW_MICRO_BATCHES
 from trainer.rollout import LARGEST_RISE, LONGEST_WAIT_RATIO, PublishSettings
 from trainer.step import Learner
 from trainer.towers import load_query_tower, query_inputs
@@ -472,8 +473,8 @@ def test_filling_a_version_waits_for_micro_batches_to_be_learnt_but_not_for_ever
     publishing = new(index_class=Slow)
     clock = publishing.clock
     publishing.click(*[f"i{n}" for n in range(12)])
-    assert asked(publishing, 0) == []
-    assert asked(publishing, 2) == [0.0, LONGEST_WAIT_RATIO, LONGEST_WAIT_RATIO]
+    assert asked(publishing, FEW_MICRO_BATCHES) == []
+    assert asked(publishing, FEW_MICRO_BATCHES + 1) == [0.0, LONGEST_WAIT_RATIO, LONGEST_WAIT_RATIO]
 
 
 class Dying(Index):
