@@ -45,6 +45,8 @@ class Loop:
         """
         self.source.start(self.progress.positions)
         log.info("ready", clicks_learnt=self.progress.clicks_learnt, items=self.model.catalogue.num_items)
+        if self.checkpoints.due:  # a new model: to copy all its tables later would hold up clicks
+            self.checkpoints.save(self.progress, self.model)
         poll = Poll()
         while not (stop.is_set() or poll.ended):
             with self.metrics.stage("wait"):

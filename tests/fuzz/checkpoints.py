@@ -30,16 +30,15 @@ class CheckpointFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        trainer = Trainer(folder, [*click_stream(2), [ItemChange("item-1", {"brand": "a"}, b'{"n": 1}')]])
+        items = [ItemChange("item-1", {"brand": "a"}, b'{"n": 1}')]
+        trainer = Trainer(folder / "unused", [*click_stream(2), items])
         trainer.run()
-        self._full = fingerprint(trainer.progress, trainer.model.state_dict())
         self._checkpoints = Checkpoints(folder, IDENTITY, Metrics())
-        trainer = Trainer(folder / "unused")
-        trainer.progress = self._checkpoints.restore(trainer.model) or trainer.progress
+        assert self._checkpoints.finish(trainer.progress, trainer.model)
+        self._full = fingerprint(trainer.progress, trainer.model.state_dict())
         trainer.progress.step += 1
         trainer.model.learn(click_stream(3)[2], trainer.progress.step)
         assert self._checkpoints.finish(trainer.progress, trainer.model)
-        trainer.checkpoints.close()
         self._newest = fingerprint(trainer.progress, trainer.model.state_dict())
         self._folder = folder
         files = sorted(path for path in folder.glob("c*/*") if path.parent.name != "unused")

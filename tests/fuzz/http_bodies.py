@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import orjson
 from prometheus_client import CollectorRegistry
 from qdrant_client import models
 
@@ -23,6 +24,7 @@ from retriever.ranking import pool_size
 from retriever.retrieve import Retriever
 from retriever.service import create_app
 from retriever.settings import RetrieverSettings
+from retriever.transport import Point
 from tests.fuzz.mutator import JSON_WORDS
 from tests.fuzz.strict_json import Refused, Undecided, id_of, is_number, read, typed
 from trainer.contract import DENSE, Manifest
@@ -63,19 +65,18 @@ class StandInIndex:
     def __init__(self) -> None:
         self.asked: dict[str, Any] | None = None
 
-    async def search(self, collection: str, searches: Sequence[Search]) -> list[list[models.ScoredPoint]]:
+    async def search(self, collection: str, searches: Sequence[Search]) -> list[list[Point]]:
         """One point."""
         (search,) = searches
         assert np.isfinite(search.query.dense).all()
-        request = overfetching_request(search, hnsw_ef=64).model_dump(mode="json", by_alias=True, exclude_none=True)
-        json.dumps(request, allow_nan=False)
+        models.QueryRequest.model_validate_json(orjson.dumps(overfetching_request(search, hnsw_ef=64)))
         wire = search.filter and search.filter.model_dump(mode="json", by_alias=True, exclude_none=True)
         self.asked = {
             "k": search.k, "seen": search.seen.tolist(), "filter": wire,
             "with_payload": search.with_payload,
         }  # fmt: skip
         vector = {DENSE: [0.0] * len(search.query.dense)}
-        return [[models.ScoredPoint(id=1, version=1, score=0.5, payload={"item_id": "i"}, vector=vector)]]
+        return [[Point(id=1, score=0.5, payload={"item_id": "i"}, vector=vector)]]
 
 
 class Application:
