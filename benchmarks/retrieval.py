@@ -64,16 +64,17 @@ def main() -> None:
     options = parser("retrieval", (__doc__ or "").splitlines()[0])
     options.add_argument("--items", default="10000,100000", help="numbers of items, with commas; 1000000 takes minutes")
     options.add_argument("--requests", type=int, default=1_000, help="of each number of callers, all together")
+    options.add_argument("--without-faiss", action="store_true", help="its graph takes minutes to build at 1000000")
     given = options.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
     for num_items in map(int, given.items.split(",")):
         with tempfile.TemporaryDirectory() as directory:
-            rows += measure(num_items, given.requests, Path(directory))
+            rows += measure(num_items, given.requests, Path(directory), with_faiss=not given.without_faiss)
     report("retrieval", rows, given.json)
 
 
-def measure(num_items: int, num_requests: int, directory: Path) -> list[Row]:
+def measure(num_items: int, num_requests: int, directory: Path, *, with_faiss: bool) -> list[Row]:
     """All rows of one number of items."""
     rows: list[Row] = []
 
@@ -111,7 +112,7 @@ def measure(num_items: int, num_requests: int, directory: Path) -> list[Row]:
                     measured(row, url, bodies, callers, num_requests)
                 answers = ask_all(url, bodies[:COMPARED], 1, COMPARED)[1]
             row("recall_at_100", recall_over_http(exact, item_ids, queries[:COMPARED], answers), "ratio")
-            compare(row, exact, queries)
+            compare(row, exact, queries, with_faiss=with_faiss)
         finally:
             publisher.close()
     return rows
@@ -133,6 +134,7 @@ def model_of(settings: TrainerSettings, num_items: int, random: np.random.Genera
         starts = np.repeat(np.arange(10_000) * 10, 10)
         history = clicked[np.repeat(starts, lengths) + np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)]
         model.covisit.count(clicked, history, offsets)
+    model.catalogue.embed(np.arange(num_items), model.learner.embed_items)  # as a version is published
     return model, item_ids
 
 
@@ -325,14 +327,14 @@ def recall_over_http(exact: Exact, item_ids: list[str], queries: list[Query], an
     return float(np.mean(recalls))
 
 
-def compare(row: Callable[[str, float, str], None], exact: Exact, queries: list[Query]) -> None:
+def compare(row: Callable[[str, float, str], None], exact: Exact, queries: list[Query], *, with_faiss: bool) -> None:
     """Rows of numpy and faiss."""
     say("numpy …")
     seconds = [timed(lambda q=query: exact.best(q, K)) for query in queries[:COMPARED]]
     row("numpy_exact.p50_ms", 1e3 * float(np.percentile(seconds, 50)), "ms")
     row("numpy_exact.p99_ms", 1e3 * float(np.percentile(seconds, 99)), "ms")
     scores = [exact.scores(query) for query in queries[:COMPARED]]
-    for name, build in faiss_searchers(exact):
+    for name, build in faiss_searchers(exact) if with_faiss else ():
         say(f"{name} …")
         started = time.perf_counter()
         best = build()
