@@ -42,6 +42,9 @@ COVISIT_DECAY = 0.9
 """Weight of a history item relative to the next newer one, in co-visitation scores."""
 WEIGHED_ROWS = 16
 """Clicks of each micro-batch that the weights of the score learn from."""
+MOST_SCORES = 1 << 19
+"""Most clicks × items of a micro-batch that are scored to weigh or to test, but at least one click: of more than 32,768
+items fewer than `WEIGHED_ROWS` clicks, so that a large catalogue does not hold up learning."""
 RENEWED_PER_CLICK = 1
 """Items that were not clicked and have their embeddings made anew, in turn, for each click."""
 
@@ -71,8 +74,8 @@ class Model:
     covisit: Covisit | None = None
     exclude_history: bool = True
     """Whether items of a click's history are no candidates. A click on one of them is then a miss."""
-    tested_rows: int = 100_000
-    """Most clicks of a micro-batch that are tested, drawn at random."""
+    tested_rows: int | None = None
+    """Most clicks of a micro-batch that are tested, drawn at random, within `MOST_SCORES`; None: all."""
     refresh_clicks: int = 64
 
     def __post_init__(self) -> None:
@@ -174,8 +177,10 @@ class Model:
         elsewhere = of_part != of_part[random.integers(num_rows)]
         place = np.empty(num_rows, np.int64)
         place[np.lexsort((random.random(num_rows), elsewhere))] = np.arange(num_rows)
-        weighed = place < (WEIGHED_ROWS if self.score.adapts else 0)
-        return weighed, place < (self.tested_rows if self.evaluation is not None else 0)
+        most = max(1, MOST_SCORES // max(1, len(self.catalogue)))
+        tested_rows = num_rows if self.tested_rows is None else min(self.tested_rows, most)
+        weighed = place < (min(WEIGHED_ROWS, most) if self.score.adapts else 0)
+        return weighed, place < (tested_rows if self.evaluation is not None else 0)
 
     def _foresee(
         self,

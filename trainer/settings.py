@@ -221,7 +221,8 @@ class TrainerSettings(KafkaSettings):
     exclude_history: bool = True
     """Whether, when the model is tested, items of the click's history are no candidates; a click on one is a miss."""
     evaluation_rows: int = Field(16, ge=0, le=100_000)
-    """Clicks of each micro-batch, drawn at random, on which the model is tested before it learns them; 0: none."""
+    """Clicks of each micro-batch, drawn at random, on which the model is tested before it learns them; 0: none.
+    Of more than 32,768 items fewer: clicks × items stay below 524,288, but for one click."""
     evaluation_window_clicks: int = Field(5_000, ge=1, le=100_000)
     """Tested clicks that the running recall is taken over."""
     guard: Literal["hold", "rollback"] = "hold"

@@ -18,13 +18,10 @@ from streams.contract import Int64Array, MicroBatch, UInt64Array, encode_event, 
 from streamtower.datasets.clicks import Dataset
 from streamtower.evaluate.ranking import NUM_BEST, Seen
 from streamtower.evaluate.replay import Stream
-from trainer.evaluate import Ranks
+from trainer.evaluate import Prequential, Ranks
 from trainer.item_events import ItemChange, decode_item_change
 from trainer.model import Model, new_model
 from trainer.settings import TrainerSettings
-
-ALL_ROWS = 100_000
-"""Clicks of a micro-batch that are tested: the largest that the setting takes."""
 
 
 class Clicks(Protocol):
@@ -78,9 +75,8 @@ def evaluated_model(settings: TrainerSettings) -> Model:
     Raises:
         ValueError: what the towers or the training refuse, one a line.
     """
-    model = new_model(settings.model_copy(update={"evaluation_rows": ALL_ROWS}))
-    assert model.evaluation is not None
-    model.evaluation.num_best = NUM_BEST
+    model = new_model(settings)
+    model.evaluation, model.tested_rows = Prequential(num_best=NUM_BEST), None  # all clicks
     return model
 
 

@@ -158,6 +158,22 @@ def test_evaluation_ranks_before_learning_and_does_not_change_the_model(tmp_path
     assert blind.value("clicks_evaluated_total") == 0
 
 
+def test_of_many_items_fewer_clicks_are_weighed_and_tested_but_one_at_least(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tmp_path, click_stream(2))
+    trainer.run()
+    num_items = len(trainer.catalogue)
+    for most, wanted in ((3 * num_items + 1, 3), (num_items - 1, 1), (100 * num_items, 8)):
+        monkeypatch.setattr("trainer.model.MOST_SCORES", most)
+        weighed, tested = trainer.model._drawn(16)
+        assert (weighed.sum(), tested.sum()) == (min(2 * wanted, 16) if wanted == 8 else wanted, wanted)
+    trainer.model.tested_rows = None
+    monkeypatch.setattr("trainer.model.MOST_SCORES", 1)
+    weighed, tested = trainer.model._drawn(16)
+    assert (weighed.sum(), tested.sum()) == (1, 16)
+
+
 def test_the_loss_is_reported_and_falls_on_clicks_that_can_be_foreseen(tmp_path: Path) -> None:
     users = [f"u{n % 4}" for n in range(16)]
     items = [f"i{n % 4}" for n in range(16)]
