@@ -220,6 +220,9 @@ def build_towers(config: TowerConfig, seed: int = 0) -> tuple[QueryTower, ItemTo
         bound = layer.in_features**-0.5
         for parameter in (layer.weight, layer.bias):
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    # What is the same for all users of equally long histories would only add noise at first.
+    if config.use_history_length:
+        nn.init.zeros_(query.layers[0].weight[:, -1])
     if config.popularity_dims:
         for parameter in query.leaning.parameters():
             nn.init.zeros_(parameter)

@@ -188,11 +188,14 @@ def test_behind_the_embedding_is_the_leaning_linear_in_what_is_known_of_the_user
     config = dataclasses.replace(LEANING, tasks=tasks)
     tower, _ = build_towers(config, seed=3)
     without, _ = build_towers(dataclasses.replace(config, popularity_dims=0), seed=3)
+    without.requires_grad_(False)
     tower.scale.observe(torch.tensor([[2.0], [6.0]]))
     without.scale.observe(torch.tensor([[2.0], [6.0]]))
     inputs = queries(config, [["a"], []], device=["tv", None], hour=[5.0, None], seed=["b", None])
     assert torch.equal(tower(inputs), torch.cat([without(inputs), torch.zeros(2, 3)], dim=1))
     tower.requires_grad_(False)
+    assert not tower.layers[0].weight[:, -1].any()
+    tower.layers[0].weight[:, -1] = without.layers[0].weight[:, -1] = 0.7
     for parameter in tower.leaning.parameters():
         parameter.normal_(generator=torch.Generator().manual_seed(1))
     table, device = tower.tables.items, tower.tables.features[int(inputs.features.rows[0])]
