@@ -75,7 +75,10 @@ def test_every_answer_is_the_services_own(retriever: Running, published: Publish
         odd = {"must": [{"key": "parity", "match": {"value": "odd"}}]}
         one, two = client.batch([{"history": ["item-1"], "filter": odd}, CandidatesRequest(history=[], k=2)])
         assert {int(c.item_id[5:]) % 2 for c in one.candidates} == {1} and len(two.candidates) == 2
-        assert client.candidates(history=["item-1"], filter=odd).candidates == one.candidates
+        alone = client.candidates(history=["item-1"], filter=odd)
+        assert [c.item_id for c in alone.candidates] == [c.item_id for c in one.candidates]
+        # Several queries are embedded at once: the last digits may differ.
+        assert [c.score for c in alone.candidates] == pytest.approx([c.score for c in one.candidates], rel=1e-5)
         assert len(client.similar(["item-4"], k=5, by="embedding").candidates) == 5
         assert client.query("u", k=7).query["limit"] == 7
         assert client.history("a/b ü").items == clicked
