@@ -31,7 +31,7 @@ LARGEST_RISE = 5.0
 of a short half-life reach their floor soon, and fall no further: without a bound, whatever is touched would end above
 all else. Measured in docs/results.md."""
 
-LONGEST_WAIT_RATIO = 3.0
+LONGEST_WAIT_RATIO = 1.0
 """Filling a version waits for micro-batches to be learnt, at most so many times as long as it works: a trainer that
 never catches up has new versions too."""
 
