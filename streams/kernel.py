@@ -1,6 +1,7 @@
-"""Compiles the loops of the core that walk clicks one after the other.
+"""PUBLIC: compiles the loops that walk clicks one after the other.
 
-Station: none; it is how `frequency`, `decayed_counts`, `history` and `drift` stay fast, whatever they compute.
+Station: none; it is how `frequency`, `history`, the trainer's `covisit_kernels` and others stay fast, whatever they
+compute.
 """
 
 from __future__ import annotations

@@ -33,18 +33,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from trainer.columns import Changes
+from trainer.covisit_kernels import WAYS, add_scores, count
 from trainer.features import Float32Array, Int64Array, UInt64Array
 
 Int32Array = npt.NDArray[np.int32]
 UInt32Array = npt.NDArray[np.uint32]
 SMOOTHING = 10.0
-WAYS = 8
-"""Places of a set."""
 _RESCALE_AT = 2.0**16
 _ROWS = ("partner", "estimate", "before", "set_of", "num_clicks")
 """Of the state, what has a row for each item."""
@@ -131,7 +129,7 @@ class Covisit:
             history_rows: int64 [h] rows of the items of the histories, newest last; −1 for an item that is not known.
             history_offsets: int64 [n + 1] click i's are history_rows[history_offsets[i]:history_offsets[i + 1]].
         """
-        _count(
+        count(
             self._lines.ravel(), self._counts.ravel(), self._before.ravel(), self._set_of, self._num_clicks,
             rows, history_rows, history_offsets, self.window, np.float32(self._weight), self._clicks_counted,
         )  # fmt: skip
@@ -153,7 +151,7 @@ class Covisit:
         batch_size = len(history_offsets) - 1
         found = np.zeros((batch_size, num_rows), np.float32)
         if num_rows:
-            _add_scores(
+            add_scores(
                 self._lines.ravel(), self._counts.ravel(), self._before.ravel(), self._num_clicks,
                 history_rows, history_offsets, self.history_length, self.history_decay, self._norm(num_rows),
                 1 / self._weight, found,
@@ -275,116 +273,3 @@ def _lines(num_rows: int, num_sets: int) -> Int32Array:
     lines = memory[start : start + size].reshape(num_rows, num_sets, 2, WAYS)
     lines[:, :, 0] = -1
     return lines
-
-
-# In what follows places in memory are unsigned, for which the compiler asks no question whether they are negative.
-@numba.njit(cache=True, nogil=True)
-def _count(  # type: ignore[no-untyped-def]
-    numbers, counts, before, set_of, num_clicks, rows, history_rows, history_offsets, window, weight, clicks_counted
-):
-    num_sets = np.uintp(numbers.size // (2 * WAYS * max(len(set_of), 1)))
-    newest = np.empty(window, np.int32)
-    lines = np.empty(2 * window, np.uintp)
-    touched = np.int32(0)
-    for i in range(len(rows)):
-        clicked = np.int32(rows[i])
-        own_line = np.uintp(clicked) * num_sets
-        own_set = np.uintp(set_of[clicked])
-        found = 0
-        for at in range(history_offsets[i + 1] - 1, history_offsets[i] - 1, -1):
-            item = np.int32(history_rows[at])
-            if item < 0 or item == clicked:
-                continue
-            repeated = False
-            for k in range(found):
-                repeated |= newest[k] == item
-            if repeated:
-                continue
-            newest[found] = item
-            one_line = (own_line + np.uintp(set_of[item])) * np.uintp(2 * WAYS)
-            two_line = (np.uintp(item) * num_sets + own_set) * np.uintp(2 * WAYS)
-            lines[2 * found], lines[2 * found + 1] = one_line, two_line
-            # Reads what will be needed, so that memory is waited for once a click and not once a pair.
-            touched ^= numbers[one_line] ^ numbers[two_line]
-            found += 1
-            if found == window:
-                break
-        for k in range(found):
-            # splitmix64 (Steele et al. 2014) of the pair's number: two chances of 24 bits
-            bits = np.uint64((clicks_counted + i) * window + k) * np.uint64(0x9E3779B97F4A7C15)
-            bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            bits ^= bits >> np.uint64(31)
-            one = np.float32(bits >> np.uint64(40)) * np.float32(2.0**-24)
-            two = np.float32(bits & np.uint64(0xFFFFFF)) * np.float32(2.0**-24)
-            _add(numbers, counts, before, lines[2 * k], newest[k], weight, one)
-            _add(numbers, counts, before, lines[2 * k + 1], clicked, weight, two)
-        num_clicks[clicked] += weight
-    return touched
-
-
-@numba.njit(nogil=True, fastmath={"nnan", "ninf", "nsz", "reassoc"}, inline="always")
-def _add(numbers, counts, before, line, other, weight, chance):  # type: ignore[no-untyped-def]
-    # Loops without an early end, over 32-bit numbers: the compiler makes vector instructions of them.
-    at = np.int32(-1)
-    for k in range(np.uintp(WAYS)):
-        at = max(at, np.int32(k) if numbers[line + k] == other else np.int32(-1))
-    estimates = line + np.uintp(WAYS)
-    if at >= 0:
-        counts[estimates + np.uintp(at)] += weight
-        return
-    minimum = counts[estimates]
-    for k in range(np.uintp(WAYS)):
-        minimum = min(minimum, counts[estimates + k])
-    if chance * (minimum + weight) < weight:  # always where a place is free: its estimate is 0
-        at = np.int32(0)
-        for k in range(np.uintp(WAYS)):
-            at = max(at, np.int32(k) if counts[estimates + k] == minimum else np.int32(0))
-        place = np.uintp(at)
-        numbers[line + place], counts[estimates + place] = other, minimum + weight
-        if minimum > 0:  # else it is 0 already
-            before[(line >> np.uintp(1)) + place] = minimum
-
-
-@numba.njit(cache=True, nogil=True)
-def _add_scores(  # type: ignore[no-untyped-def]
-    numbers, counts, before, clicks, history_rows, history_offsets, history_length, decay, norm, unit, scores
-):
-    # Who has row h in the history: a chain of the places in `reader`, `weight`, from `first`[h].
-    num_sets = np.uintp(numbers.size // (2 * WAYS * len(clicks)))
-    asked = np.zeros(len(clicks) + 1, np.uint8)  # of row − 1, so that it may be asked of a free place
-    first = np.full(len(clicks), -1, np.int32)
-    after = np.empty(len(history_rows), np.int32)
-    reader = np.empty(len(history_rows), np.int32)
-    weight = np.empty(len(history_rows), np.float32)
-    used = 0
-    for i in range(len(history_offsets) - 1):
-        length = min(history_offsets[i + 1] - history_offsets[i], history_length)
-        total = 0.0
-        for age in range(length):
-            total += decay**age
-        for age in range(length):
-            item = history_rows[history_offsets[i + 1] - 1 - age]
-            if item >= 0:
-                reader[used], weight[used] = i, decay**age / total / (clicks[item] * unit + 1)
-                after[used], first[item] = first[item], used
-                asked[item + 1] = 1
-                used += 1
-    line = np.uintp(0)
-    for row in range(scores.shape[1]):
-        by = norm * unit / (clicks[row] * unit + 1)
-        for _ in range(num_sets):
-            some = np.uint8(0)
-            for k in range(np.uintp(WAYS)):
-                some |= asked[np.uintp(numbers[line + k] + np.int32(1))]
-            if some:
-                for k in range(np.uintp(WAYS)):
-                    item = np.uintp(numbers[line + k] + np.int32(1))
-                    if asked[item]:
-                        own = counts[line + np.uintp(WAYS) + k] - before[(line >> np.uintp(1)) + k]
-                        value = np.float32(by * own)
-                        place = first[item - np.uintp(1)]
-                        while place >= 0:
-                            scores[reader[place], row] += weight[place] * value
-                            place = after[place]
-            line += np.uintp(2 * WAYS)
