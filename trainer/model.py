@@ -42,9 +42,11 @@ COVISIT_DECAY = 0.9
 """Weight of a history item relative to the next newer one, in co-visitation scores."""
 WEIGHED_ROWS = 16
 """Clicks of each micro-batch that the weights of the score learn from."""
-MOST_SCORES = 1 << 19
-"""Most clicks × items of a micro-batch that are scored to weigh or to test, but at least one click: of more than 32,768
-items fewer than `WEIGHED_ROWS` clicks, so that a large catalogue does not hold up learning."""
+MOST_ITEMS = 1 << 15
+"""Of more items, not every micro-batch is weighed and tested, but one in items / `MOST_ITEMS` by chance, so that a
+large catalogue does not hold up learning: many clicks of one micro-batch share a pass over all items."""
+MOST_SCORES = WEIGHED_ROWS * MOST_ITEMS
+"""Clicks × items of a micro-batch: `WEIGHED_ROWS` clicks are tested at most if it would be more."""
 RENEWED_PER_CLICK = 1
 """Items that were not clicked and have their embeddings made anew, in turn, for each click."""
 
@@ -75,7 +77,7 @@ class Model:
     exclude_history: bool = True
     """Whether items of a click's history are no candidates. A click on one of them is then a miss."""
     tested_rows: int | None = None
-    """Most clicks of a micro-batch that are tested, drawn at random, within `MOST_SCORES`; None: all."""
+    """Most clicks of a micro-batch that are tested, drawn at random, but see `MOST_ITEMS`; None: all of them."""
     refresh_clicks: int = 64
 
     def __post_init__(self) -> None:
@@ -170,14 +172,15 @@ class Model:
         """Which rows the weights learn from, and which are tested; the first does not depend on the second.
 
         As many as can be come from one part, drawn at random: a part in which nothing is drawn costs no pass over all
-        items.
+        items. Of a large catalogue most micro-batches have none.
         """
         random = np.random.default_rng([self.learner.training.seed, self.learner.num_steps, 2])
         of_part = np.arange(num_rows) // self.refresh_clicks
         elsewhere = of_part != of_part[random.integers(num_rows)]
         place = np.empty(num_rows, np.int64)
         place[np.lexsort((random.random(num_rows), elsewhere))] = np.arange(num_rows)
-        most = max(1, MOST_SCORES // max(1, len(self.catalogue)))
+        num_items = max(1, len(self.catalogue))
+        most = max(WEIGHED_ROWS, MOST_SCORES // num_items) if random.random() * num_items < MOST_ITEMS else 0
         tested_rows = num_rows if self.tested_rows is None else min(self.tested_rows, most)
         weighed = place < (min(WEIGHED_ROWS, most) if self.score.adapts else 0)
         return weighed, place < (tested_rows if self.evaluation is not None else 0)

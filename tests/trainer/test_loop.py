@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -158,20 +159,34 @@ def test_evaluation_ranks_before_learning_and_does_not_change_the_model(tmp_path
     assert blind.value("clicks_evaluated_total") == 0
 
 
-def test_of_many_items_fewer_clicks_are_weighed_and_tested_but_one_at_least(
+def test_of_many_items_few_micro_batches_are_weighed_and_tested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(tmp_path, click_stream(2))
     trainer.run()
-    num_items = len(trainer.catalogue)
-    for most, wanted in ((3 * num_items + 1, 3), (num_items - 1, 1), (100 * num_items, 8)):
-        monkeypatch.setattr("trainer.model.MOST_SCORES", most)
-        weighed, tested = trainer.model._drawn(16)
-        assert (weighed.sum(), tested.sum()) == (min(2 * wanted, 16) if wanted == 8 else wanted, wanted)
-    trainer.model.tested_rows = None
-    monkeypatch.setattr("trainer.model.MOST_SCORES", 1)
-    weighed, tested = trainer.model._drawn(16)
-    assert (weighed.sum(), tested.sum()) == (1, 16)
+    model, num_items = trainer.model, len(trainer.catalogue)
+
+    def drawn(micro_batches: int) -> Counter[tuple[int, int]]:
+        """(weighed, tested) of a micro-batch of 100 clicks → how many of these were so."""
+        found: Counter[tuple[int, int]] = Counter()
+        for _ in range(micro_batches):
+            model.learner.num_steps += 1
+            weighed, tested = model._drawn(100)
+            found[int(weighed.sum()), int(tested.sum())] += 1
+        return found
+
+    model.tested_rows = 40
+    assert drawn(50) == {(16, 40): 50}
+    monkeypatch.setattr("trainer.model.MOST_SCORES", 20 * num_items)
+    assert drawn(50) == {(16, 20): 50}
+    monkeypatch.setattr("trainer.model.MOST_SCORES", num_items)
+    assert drawn(50) == {(16, 16): 50}
+    monkeypatch.setattr("trainer.model.MOST_ITEMS", num_items / 4)
+    one_in_four = drawn(1_000)
+    assert one_in_four.keys() == {(16, 16), (0, 0)}
+    assert 200 < one_in_four[16, 16] < 300
+    model.tested_rows = None
+    assert drawn(1_000).keys() == {(16, 100), (0, 100)}
 
 
 def test_the_loss_is_reported_and_falls_on_clicks_that_can_be_foreseen(tmp_path: Path) -> None:
