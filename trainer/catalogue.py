@@ -9,7 +9,9 @@ full, a sixteenth of them makes room: deleted items first, then those untouched 
 clicked nor changed for `expire_clicks` clicks of all items are dropped too: age is told by clicks and not by a clock,
 so that the same stream drops the same items at the same click. A dropped item (a deleted one too) that is clicked again
 comes back as new, without features until its next item event.
+
 Rows are renumbered when items are dropped; nothing outside may keep a row number across `admit` or `take`.
+
 Shapes: n items asked for, N rows, D embedding size, H half-lives.
 """
 
@@ -82,10 +84,7 @@ class Catalogue:
         self._item_hash = np.zeros(0, np.uint64)
         self._num_clicks = np.zeros(0, np.int64)
         self._log_count = np.zeros((0, len(self._rates)), np.float64)
-        self._added = np.zeros(0, np.int64)
-        self._touched = np.zeros(0, np.int64)
-        self._seen = np.zeros(0, np.int64)
-        self._published = np.zeros(0, np.int64)
+        self._added, self._touched, self._seen, self._published = (np.zeros(0, np.int64) for _ in range(4))
         self._deleted = np.zeros(0, np.bool_)
         self.embeddings = Embeddings(embedding_dim)
         self._changed = Changes("catalogue")

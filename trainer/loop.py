@@ -108,8 +108,8 @@ class Loop:
                 self.source.show_positions(written.positions.micro_batches)
             if self.checkpoints.due and not self.guard.tripped:
                 self.checkpoints.save(self.progress, self.model)
-        num_waiting = self.source.lag() + in_hand
         with self.metrics.stage("publish"):
             if not poll.loading and not self.guard.tripped:
-                self.publisher.advance(num_waiting)
-        self.metrics.report(self.model.catalogue, self.progress, self.model.evaluation, num_waiting)
+                self.publisher.advance()
+        waiting = self.source.lag() + in_hand
+        self.metrics.report(self.model.catalogue, self.progress, self.model.evaluation, waiting)

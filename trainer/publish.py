@@ -13,7 +13,7 @@ When: as soon as there is an item, also after a restart: a process writes only i
 itself, so that nothing that an earlier process still has under way can reach the live one. Then after
 `first_publish_interval_seconds`, then after twice as long each time up to `full_publish_interval_seconds`, because the
 query tower of a version stands still while item vectors move, and a young model moves fastest; but never within what
-the last one took, twice that after the second version, four times that from the third on. At once when the live
+the last one took, twice that from the third version on. At once when the live
 collection or the alias has disappeared, and as soon as that allows it when what is served has fallen too far behind
 (`staleness`).
 
@@ -43,6 +43,7 @@ import structlog
 
 from streams.contract import Float32Array, Int64Array, MicroBatch, UInt64Array
 from trainer.aliases import Named
+from trainer.catalogue import EMBED_ITEMS
 from trainer.contract import Manifest
 from trainer.freshness import Freshness
 from trainer.index import (
@@ -62,12 +63,10 @@ from trainer.rollout import Checked, Copy, Delta, Done, Filled, Rollout, Served,
 from trainer.staleness import Staleness
 from trainer.waiting import PublishRate, Turn, give_back, take_turn
 
-GATHER_ITEMS = 8_192
-"""Items whose inputs are gathered, and that are embedded, at a time."""
 LONGEST_PAUSE_SECONDS = 30.0
 """Between attempts to publish, while Qdrant is away."""
-FEW_MICRO_BATCHES = 4
-"""So many wait to be learnt at times although the trainer is not behind."""
+LONGEST_LULL_SECONDS = 1.0
+"""After so long without a click, none come at present."""
 CLOSE_SECONDS = 3.0
 """How long `close` waits for what is under way."""
 SWEEP_SECONDS = 60.0
@@ -131,6 +130,7 @@ class Publisher:
         self._named: Named | None = None
         """What the aliases named when they were looked at last; None: they were not."""
         self._look_due = self._delta_due = self._full_due = self._full_started = -math.inf
+        self._clicks_seen, self._no_clicks_at = 0, -math.inf
         self._num_full = 0
         self._failures = {"delta": 0, "full": 0}
 
@@ -141,15 +141,10 @@ class Publisher:
         self._canary = float(batch.event_time[is_canary].max())
         return None if is_canary.all() else batch.take(np.flatnonzero(~is_canary))
 
-    def advance(self, num_waiting: int = 0) -> None:
-        """Takes up what has finished and begins what is due. Never waits; raises only what is a bug.
-
-        Args:
-            num_waiting: micro-batches that wait to be learnt: more than a few of them go before a new version.
-        """
+    def advance(self) -> None:
+        """Takes up what has finished and begins what is due. Never waits; raises only what is a bug."""
         now = self._rising()
-        is_behind = num_waiting > FEW_MICRO_BATCHES
-        (self._rollout.no_backlog.clear if is_behind else self._rollout.no_backlog.set)()
+        self._look_for_clicks(now)
         self._finish(now)
         if self._look is None and now >= self._look_due:
             self._look_due = now + self._settings.publish_interval_seconds
@@ -165,7 +160,8 @@ class Publisher:
         is_ours = self.live is not None and pinned in (None, self.live.number)
         if self.live and is_ours and self._delta is None and self._switch is None and now >= self._delta_due:
             self._delta_due = now + self._settings.publish_interval_seconds
-            sweeps = max(self._catalogue.gone.values(), default=-1) > self._swept_step
+            went_last = next(reversed(self._catalogue.gone.values()), -1)  # their steps rise
+            sweeps = went_last > self._swept_step
             canary = self._canary != self._canary_told
             if self._progress.step > self.published_step or self._num_left or sweeps or canary:
                 self._turn = take_turn(self._catalogue, self._progress.step, self._rate.limit)
@@ -185,7 +181,7 @@ class Publisher:
     def _least_pause(self) -> float:
         """Seconds from the start of the last version to that of the next, at least: versions must not crowd the index,
         but the first one is of a model that knows nothing, and to stay with it long costs more."""
-        return float(self._full_took * min(2.0 ** (self._num_full - 1), 4.0))
+        return self._full_took * (1.0 if self._num_full == 1 else 2.0)
 
     @property
     def idle(self) -> bool:
@@ -208,6 +204,14 @@ class Publisher:
                 time.sleep(0.01)
         self._finish(self._rising())
 
+    def _look_for_clicks(self, now: float) -> None:
+        """Tells the rollout whether clicks come."""
+        if self._progress.clicks_learnt > self._clicks_seen:
+            self._clicks_seen, self._no_clicks_at = self._progress.clicks_learnt, now + LONGEST_LULL_SECONDS
+            self._rollout.no_clicks.clear()
+        elif now >= self._no_clicks_at:
+            self._rollout.no_clicks.set()
+
     def _take_copy(self) -> Copy:
         catalogue = self._catalogue
         rows = np.flatnonzero(~catalogue.deleted)
@@ -215,8 +219,8 @@ class Publisher:
         query_tower, item_tower = copy.deepcopy((self._learner.query_tower, self._learner.item_tower))
         manifest = self._manifest()
         version = Version(manifest.model_version, catalogue.log_totals, self._progress.step, manifest.created_at)
-        starts = range(0, len(rows), GATHER_ITEMS)
-        inputs = [catalogue.inputs_of_rows(rows[start : start + GATHER_ITEMS]) for start in starts]
+        starts = range(0, len(rows), EMBED_ITEMS)
+        inputs = [catalogue.inputs_of_rows(rows[start : start + EMBED_ITEMS]) for start in starts]
         points = self._take_points(rows, catalogue.embedding[:0])
         return Copy(
             version,
@@ -284,7 +288,7 @@ class Publisher:
                 self._canary_told = None
         if self._fill is not None and self._fill.done():
             fill, self._fill = self._fill, None
-            if filled := self._result(fill, "full", now):
+            if (filled := self._result(fill, "full", now)) and not self._stopping.is_set():
                 self._progress.model_version = max(self._progress.model_version, filled.version.number)
                 catch_up = self._take_catch_up(filled.version, filled.version.step)
                 self._check = start_job(lambda: self._rollout.check(filled, catch_up))

@@ -31,9 +31,9 @@ LARGEST_RISE = 5.0
 of a short half-life reach their floor soon, and fall no further: without a bound, whatever is touched would end above
 all else. Measured in docs/results.md."""
 
-LONGEST_WAIT_RATIO = 1.0
-"""Filling a version waits for micro-batches to be learnt, at most so many times as long as it works: a trainer that
-never catches up has new versions too."""
+PAUSE_RATIO = 1.0
+"""While clicks come, filling a version pauses after each batch for so many times as long as that took: learning and
+deltas go before it, and a machine that is just fast enough for both is not overrun for as long as a version takes."""
 
 ResultT = TypeVar("ResultT")
 log = structlog.get_logger()
@@ -202,12 +202,12 @@ class Rollout:
     rising: Callable[[], float] = time.monotonic
     no_delta: threading.Event = field(default_factory=threading.Event)
     """Set while no delta is being written."""
-    no_backlog: threading.Event = field(default_factory=threading.Event)
-    """Set while no micro-batch waits to be learnt."""
+    no_clicks: threading.Event = field(default_factory=threading.Event)
+    """Set while no clicks come to be learnt."""
 
     def __post_init__(self) -> None:
         self.no_delta.set()
-        self.no_backlog.set()
+        self.no_clicks.set()
 
     def fill(self, taken: Copy) -> Filled:
         """Fills a new collection with every item of the copy."""
@@ -348,7 +348,7 @@ class Rollout:
 
 
 class _ClicksFirst:
-    """Called before each batch of a version that is being filled: lets what clicks wait for pass."""
+    """Called before each batch of a version that is being filled: lets what clicks wait for go before it."""
 
     def __init__(self, rollout: Rollout) -> None:
         self._rollout = rollout
@@ -356,8 +356,9 @@ class _ClicksFirst:
 
     def __call__(self) -> None:
         rollout = self._rollout
-        worked = rollout.rising() - self._since
+        done = rollout.rising()
+        pause = PAUSE_RATIO * (done - self._since)
         # Only so long, or deltas without a gap would stop versions.
         rollout.no_delta.wait(rollout.settings.publish_interval_seconds)
-        rollout.no_backlog.wait(LONGEST_WAIT_RATIO * worked)
+        rollout.no_clicks.wait(max(0.0, done + pause - rollout.rising()))
         self._since = rollout.rising()

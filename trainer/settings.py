@@ -90,8 +90,8 @@ class TrainerSettings(KafkaSettings):
     """Time from the first version to the second, in seconds; each further one takes twice as long as the one before, up
     to full_publish_interval_seconds, because a young model moves fast."""
     full_publish_interval_seconds: float = Field(60.0, ge=0.05, le=86_400)
-    """Longest time between new versions, in seconds; never less than four times what the last one took to publish (once
-    after the first, twice after the second)."""
+    """Longest time between new versions, in seconds; never less than twice what the last one took to publish (once
+    after the first)."""
     publish_batch_points: int = Field(500, ge=1, le=10_000)
     """Points in one upsert."""
     hnsw_from_items: int = Field(200_000, ge=0)
@@ -109,8 +109,8 @@ class TrainerSettings(KafkaSettings):
     staleness_interval_seconds: float = Field(10.0, ge=0.1, le=3_600)
     """Time between such measurements, in seconds."""
     full_publish_recall_lost: float = Field(0.5, ge=0, le=1)
-    """Recall lost by what is served, above which the next version is published before its time, though not within four
-    times what the last one took (as above); 0: never."""
+    """Recall lost by what is served, above which the next version is published before its time, though not within
+    twice what the last one took (as above); 0: never."""
     payload_indexes: dict[str, PayloadIndex] = Field(default_factory=dict)
     """JSON object of payload fields that queries filter by: name → keyword, integer, float, bool or datetime."""
     popularity_scale: float = Field(20.0, gt=0, le=1e6)
@@ -222,7 +222,7 @@ class TrainerSettings(KafkaSettings):
     """Whether, when the model is tested, items of the click's history are no candidates; a click on one is a miss."""
     evaluation_rows: int = Field(16, ge=0, le=100_000)
     """Clicks of each micro-batch, drawn at random, on which the model is tested before it learns them; 0: none.
-    Of more than 32,768 items fewer: clicks × items stay below 524,288, but for one click."""
+    Of more than 32,768 items, 16 at most, and of one micro-batch in (items / 32,768) alone."""
     evaluation_window_clicks: int = Field(5_000, ge=1, le=100_000)
     """Tested clicks that the running recall is taken over."""
     guard: Literal["hold", "rollback"] = "hold"

@@ -36,8 +36,7 @@ from trainer.evaluate import Prequential
 from trainer.index import Index, IndexAwayError, Points, new_client
 from trainer.item_events import ItemChange
 from trainer.progress import Progress
-from trainer.publish import FEW_MICRO_BATCHES
-from trainer.rollout import LARGEST_RISE, LONGEST_WAIT_RATIO, PublishSettings
+from trainer.rollout import LARGEST_RISE, PAUSE_RATIO, PublishSettings
 from trainer.step import Learner
 from trainer.towers import load_query_tower, query_inputs
 
@@ -445,36 +444,35 @@ def test_filling_a_version_waits_while_a_delta_is_written(new: Callable[..., Pub
     assert order[:2] == [1, 2]
 
 
-def test_filling_a_version_waits_for_micro_batches_to_be_learnt_but_not_for_ever(
-    new: Callable[..., Publishing],
-) -> None:
-    def asked(publishing: Publishing, num_waiting: int) -> list[float]:
-        """How long it was ready to wait, before each batch, where each takes a second."""
-        waits: list[float] = []
-        no_backlog = publishing.rollout.no_backlog
-
-        def wait(timeout: float) -> bool:
-            if not no_backlog.is_set():
-                waits.append(timeout)
-            return True
-
-        no_backlog.wait = wait  # type: ignore[assignment]
-        publishing.clock.now += 1_000.0
-        version = publishing.live or 0
-        while publishing.live != version + 1:
-            publishing.publisher.advance(num_waiting)
-        return waits
-
+def test_filling_a_version_pauses_after_each_batch_while_clicks_come(new: Callable[..., Publishing]) -> None:
     class Slow(Index):
         def upsert(self, version: int, points: Points, step: int, **known: bool) -> None:
             super().upsert(version, points, step, **known)
-            clock.now += 1.0
+            clock.now += 0.1
 
     publishing = new(index_class=Slow)
-    clock = publishing.clock
+    clock, no_clicks = publishing.clock, publishing.rollout.no_clicks
+    pauses: list[float] = []
+
+    def wait(timeout: float) -> bool:
+        if not no_clicks.is_set():
+            pauses.append(timeout)
+        return True
+
+    no_clicks.wait = wait  # type: ignore[assignment]
+
+    def fill() -> list[float]:
+        pauses.clear()
+        publishing.clock.now += 1_000.0
+        version = publishing.live or 0
+        publishing.until(lambda: publishing.live == version + 1)
+        return pauses
+
     publishing.click(*[f"i{n}" for n in range(12)])
-    assert asked(publishing, FEW_MICRO_BATCHES) == []
-    assert asked(publishing, FEW_MICRO_BATCHES + 1) == [0.0, LONGEST_WAIT_RATIO, LONGEST_WAIT_RATIO]
+    assert fill() == []
+    publishing.progress.clicks_learnt += 12
+    assert fill() == pytest.approx([0.0, 0.1 * PAUSE_RATIO, 0.1 * PAUSE_RATIO])
+    assert fill() == []  # the newest click is long ago
 
 
 class Dying(Index):
@@ -859,14 +857,14 @@ def test_versions_come_in_growing_intervals_and_never_crowd_the_index(new: Calla
         publishing.until(lambda v=version: publishing.live == v + 1)
 
 
-def test_versions_that_take_long_come_once_twice_and_four_times_as_late(new: Callable[..., Publishing]) -> None:
+def test_versions_that_take_long_come_at_once_and_then_twice_as_late(new: Callable[..., Publishing]) -> None:
     begun: list[float] = []
 
     class Slow(Index):
         def create(self, version: int, size: int, *, hnsw: bool, covisit: bool = False) -> None:
             super().create(version, size, hnsw=hnsw, covisit=covisit)
             begun.append(publishing.clock.now)
-            publishing.clock.now += 20.0
+            publishing.clock.now += 40.0
 
     def is_live(version: int) -> bool:
         if publishing.publisher.idle:
@@ -876,7 +874,7 @@ def test_versions_that_take_long_come_once_twice_and_four_times_as_late(new: Cal
     publishing = new(index_class=Slow)
     publishing.click("a")
     publishing.until(lambda: is_live(5))
-    assert np.allclose(np.diff(begun), [20.0, 40.0, 80.0, 80.0], atol=1.001)
+    assert np.allclose(np.diff(begun), [40.0, 80.0, 80.0, 80.0], atol=1.001)
 
 
 def test_a_bug_in_a_publishing_thread_reaches_the_loop(new: Callable[..., Publishing]) -> None:
