@@ -84,7 +84,9 @@ def test_taken_ports_are_told_and_others_used(tmp_path: Path, who: str) -> None:
 
         stack._environment = late  # type: ignore[method-assign]
         with stack:
+            deadline = time.monotonic() + 60
             while stack._services[who].exit_code is None:  # it has ended before anybody waits for it
+                assert time.monotonic() < deadline, f"{who} has not ended although its port is taken"
                 time.sleep(0.01)
             stack.wait_listening()
             stack.wait_ready("trainer")
