@@ -121,7 +121,12 @@ class Index:
         self._client = client
         self.alias = alias
         self._attempts = attempts
-        self._payload_indexes = {**(payload_indexes or {}), ITEM_ID: "keyword", STEP: "integer"}
+        self._payload_indexes: dict[str, models.PayloadSchemaType | models.IntegerIndexParams] = {
+            **{field: models.PayloadSchemaType(kind) for field, kind in (payload_indexes or {}).items()},
+            ITEM_ID: models.PayloadSchemaType.KEYWORD,
+            # Changes with every write of a point, and nobody asks for one value of it.
+            STEP: models.IntegerIndexParams(type=models.IntegerIndexType.INTEGER, lookup=False, range=True),
+        }
         self._on_retry = on_retry
         self._stopping = stopping or threading.Event()
 
@@ -145,8 +150,7 @@ class Index:
                 name, vectors_config=vectors, sparse_vectors_config=sparse, hnsw_config=graph
             )
         )
-        for field, kind in self._payload_indexes.items():
-            schema = models.PayloadSchemaType(kind)
+        for field, schema in self._payload_indexes.items():
             self._call(lambda f=field, s=schema: self._client.create_payload_index(name, f, s))  # type: ignore[misc]
 
     def upsert(self, version: int, points: Points, step: int, *, only_known: bool = False) -> None:

@@ -198,6 +198,40 @@ def test_columns_of_a_batch_must_be_of_one_length(http: httpx.Client, items: str
 
 
 @pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("dense", [1, 1, 1]),
+        ("dense", {"indices": [1], "values": [1]}),
+        ("covisit", {"indices": [7, 7], "values": [1, 2]}),
+        ("covisit", {"indices": [7], "values": [1, 2]}),
+        ("covisit", {"indices": [2**32], "values": [1]}),
+        ("covisit", [1, 1, 1, 1]),
+        ("nope", [1, 1, 1, 1]),
+    ],
+)
+def test_a_vector_is_refused_in_a_column_as_in_a_point(http: httpx.Client, items: str, name: str, bad: Any) -> None:
+    good = {"covisit": {"indices": [7], "values": [1]}}.get(name, [1, 1, 1, 1])
+    points = [{"id": 8, "vector": {} if name == "nope" else {name: good}}, {"id": 9, "vector": {name: bad}}]
+    words = refusal(http.put(f"{items}/points?wait=true", json={"points": points}))
+    assert words[0] in (400, 422)
+    batch = {"ids": [8, 9], "vectors": {name: [good, bad]}}
+    assert refusal(http.put(f"{items}/points?wait=true", json={"batch": batch})) == words
+    assert http.post(f"{items}/points/count", json={}).json()["result"] == {"count": 4}
+
+
+def test_columns_of_unnamed_vectors_are_points(http: httpx.Client) -> None:
+    assert http.put("/collections/other", json={"vectors": VECTORS["dense"]}).status_code == 200
+    batch = {"ids": [1, 2], "vectors": [[1, 0, 0, 0], [0, 2, 0, 0]], "payloads": [None, {"a": 1}]}
+    assert http.put("/collections/other/points?wait=true", json={"batch": batch}).status_code == 200
+    found = http.post("/collections/other/points/scroll", json={"with_vector": True}).json()["result"]["points"]
+    assert [point["vector"] for point in found] == batch["vectors"]
+    assert [point["payload"] for point in found] == [{}, {"a": 1}]
+    bad = {"ids": [3, 4], "vectors": [[1, 0, 0, 0], [0, 2, 0]]}
+    assert refusal(http.put("/collections/other/points?wait=true", json={"batch": bad}))[0] == 400
+    http.delete("/collections/other")
+
+
+@pytest.mark.parametrize(
     "condition",
     [
         {"key": "step", "match": {}},

@@ -6,6 +6,7 @@ Station: the command line of the endpoint. It listens on the loopback interface 
 from __future__ import annotations
 
 import argparse
+import gc
 import ipaddress
 import signal
 import socket
@@ -24,6 +25,8 @@ from streamtower.dev.index.storage import Storage
 DEFAULT_PORT = 6333
 KEEP_ALIVE_SECONDS = 75
 STOP_SECONDS = 3
+COLLECT_EVERY = 50_000
+"""Objects made between two looks for garbage in cycles: a batch of points makes thousands, and none of them is any."""
 
 
 class _Server(uvicorn.Server):
@@ -51,6 +54,8 @@ def main() -> None:
         refuse_to_start("the local index", error)
     except StorageError as error:
         refuse_to_start("the local index", ConfigurationError([str(error)]))
+    gc.freeze()
+    gc.set_threshold(COLLECT_EVERY)
     config = uvicorn.Config(
         create_app(storage, arguments.api_key),
         log_config=None,

@@ -31,7 +31,8 @@ TITLE = "Streamtower's local Qdrant endpoint (engine qdrant-edge; for developmen
 VERSION = "1.19.0"
 """The Qdrant server whose recorded answers this endpoint is held to."""
 MAX_BODY_BYTES = 32 << 20
-FLUSH_SECONDS = 5.0
+FLUSH_SECONDS = 15.0
+"""Each takes as long as a hundred points or more, however little is new; until then all is in the write-ahead log."""
 
 log = structlog.get_logger()
 _PUBLIC = {"/", "/readyz", "/livez", "/healthz"}

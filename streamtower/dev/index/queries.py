@@ -98,9 +98,10 @@ def sparse_vector(source: schema.SparseVector, place: str) -> edge.SparseVector:
         raise invalid(f"{place}.values: Validation error: must be the same length as indices [{{}}]")
     if len(set(source.indices)) != len(source.indices):
         raise invalid(f"{place}.indices: Validation error: must be unique [{{}}]")
-    if source.indices and max(source.indices) >= 2**32:
-        raise format_error(f"{place}.indices: invalid value, expected u32")
-    return edge.SparseVector(source.indices, source.values)
+    try:
+        return edge.SparseVector(source.indices, source.values)
+    except OverflowError:
+        raise format_error(f"{place}.indices: invalid value, expected u32") from None
 
 
 def _list(prefetch: list[schema.Prefetch] | schema.Prefetch | None) -> list[schema.Prefetch]:

@@ -6,7 +6,7 @@ even the bad ones to its log, so nothing goes to it that has not been checked he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import qdrant_edge as edge
@@ -19,6 +19,7 @@ from streamtower.dev.index.storage import Collection
 
 MAX_NESTING = 100
 """Levels of a payload's objects and arrays."""
+_NESTED = (dict, list)
 _MODES = {
     "upsert": edge.UpdateMode.Upsert,
     "insert_only": edge.UpdateMode.InsertOnly,
@@ -97,24 +98,32 @@ def _upsert(body: schema.Upsert, collection: Collection) -> edge.UpdateOperation
 
 
 def _batch(batch: schema.PointsBatch, collection: Collection) -> list[edge.Point]:
-    count = len(batch.ids)
+    ids = [point_id(id) for id in batch.ids]
+    count = len(ids)
+    vectors: Any
     if isinstance(batch.vectors, dict):
         for name, column in batch.vectors.items():
             if len(column) != count:
                 raise _lengths(f"vectors.{name}", len(column), count)
-        rows = zip(*batch.vectors.values(), strict=True)
-        vectors: Any = [dict(zip(batch.vectors, row, strict=True)) for row in rows] or [{} for _ in batch.ids]
+        columns = [_column(name, column, collection) for name, column in batch.vectors.items()]
+        vectors = [dict(zip(batch.vectors, row, strict=True)) for row in zip(*columns, strict=True)] or [{}] * count
     else:
-        vectors = batch.vectors
-        if len(vectors) != count:
-            raise _lengths("vectors", len(vectors), count)
-    payloads = [None] * count if batch.payloads is None else batch.payloads
+        if len(batch.vectors) != count:
+            raise _lengths("vectors", len(batch.vectors), count)
+        vectors = _column("", batch.vectors, collection)
+    payloads: list[Any] = [None] * count if batch.payloads is None else batch.payloads
     if len(payloads) != count:
         raise _lengths("payloads", len(payloads), count)
-    return [
-        _point(id, vector, payload, collection)
-        for id, vector, payload in zip(batch.ids, vectors, payloads, strict=True)
-    ]
+    for payload in payloads:
+        _check_nesting(payload)
+    return list(map(edge.Point, ids, vectors, payloads))
+
+
+def _column(name: str, column: Sequence[schema.DenseVector | schema.SparseVector], collection: Collection) -> list[Any]:
+    """One vector of each of many points, checked against what the collection has."""
+    if set(map(type, column)) == {list} and set(map(len, column)) == {collection.vector_sizes.get(name)}:  # type: ignore[arg-type]
+        return list(column)
+    return [_vector(name, vector, collection) for vector in column]
 
 
 def _lengths(what: str, count: int, expected: int) -> ApiError:
@@ -132,27 +141,26 @@ def _check_nesting(value: Any, levels: int = MAX_NESTING) -> None:
         raise format_error("recursion limit exceeded")
     if value:
         for entry in value.values() if isinstance(value, dict) else value:
-            if isinstance(entry, dict | list):
+            if isinstance(entry, _NESTED):
                 _check_nesting(entry, levels - 1)
 
 
 def _vectors(source: schema.DenseVector | schema.NamedVectors, collection: Collection) -> Any:
     """A point's vectors, each checked against what the collection has."""
     if isinstance(source, list):
-        _check_dense("", source, collection)
-        return source
-    vectors: dict[str, Any] = {}
-    for name, vector in source.items():
-        if isinstance(vector, list):
-            _check_dense(name, vector, collection)
-            vectors[name] = vector
-        elif name in collection.sparse_vectors:
-            vectors[name] = sparse_vector(vector, "vector.?")
-        elif name in collection.vector_sizes:
-            raise wrong_input("Wrong usage of sparse vectors")
-        else:
-            raise wrong_input(f"Not existing vector name error: {name}")
-    return vectors
+        return _vector("", source, collection)
+    return {name: _vector(name, vector, collection) for name, vector in source.items()}
+
+
+def _vector(name: str, vector: schema.DenseVector | schema.SparseVector, collection: Collection) -> Any:
+    if isinstance(vector, list):
+        _check_dense(name, vector, collection)
+        return vector
+    if name in collection.sparse_vectors:
+        return sparse_vector(vector, "vector.?")
+    if name in collection.vector_sizes:
+        raise wrong_input("Wrong usage of sparse vectors")
+    raise wrong_input(f"Not existing vector name error: {name}")
 
 
 def _check_dense(name: str, vector: list[float], collection: Collection) -> None:
