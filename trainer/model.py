@@ -42,7 +42,7 @@ COVISIT_DECAY = 0.9
 """Weight of a history item relative to the next newer one, in co-visitation scores."""
 WEIGHED_ROWS = 16
 """Clicks of each micro-batch that the weights of the score learn from."""
-MOST_ITEMS = 1 << 15
+MOST_ITEMS = 1 << 14
 """Of more items, not every micro-batch is weighed and tested, but one in items / `MOST_ITEMS` by chance, so that a
 large catalogue does not hold up learning: many clicks of one micro-batch share a pass over all items."""
 MOST_SCORES = WEIGHED_ROWS * MOST_ITEMS

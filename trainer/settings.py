@@ -222,7 +222,7 @@ class TrainerSettings(KafkaSettings):
     """Whether, when the model is tested, items of the click's history are no candidates; a click on one is a miss."""
     evaluation_rows: int = Field(16, ge=0, le=100_000)
     """Clicks of each micro-batch, drawn at random, on which the model is tested before it learns them; 0: none.
-    Of more than 32,768 items, 16 at most, and of one micro-batch in (items / 32,768) alone."""
+    Of more than 16,384 items, 16 at most, and of one micro-batch in (items / 16,384) alone."""
     evaluation_window_clicks: int = Field(5_000, ge=1, le=100_000)
     """Tested clicks that the running recall is taken over."""
     guard: Literal["hold", "rollback"] = "hold"
