@@ -171,7 +171,7 @@ class Index:
         return int((points[0].payload or {})[STEP]) if points else None
 
     async def dense_vectors(self, collection: str, ids: Sequence[int]) -> dict[int, list[float]]:
-        """The vector `dense` of each of the points that are there, by id.
+        """The vector `dense` of each of the points that are there and have one (a canary's has none), by id.
 
         Raises:
             SearchError: see the module's tree.
@@ -180,8 +180,8 @@ class Index:
         points = await self._call(
             lambda: self._client.retrieve(collection, ids=wanted, with_payload=False, with_vectors=[DENSE])
         )
-        vectors = {int(point.id): (point.vector or {})[DENSE] for point in points}  # type: ignore[call-overload]
-        return cast(dict[int, list[float]], vectors)
+        vectors = {int(point.id): cast(dict[str, list[float]], point.vector or {}) for point in points}
+        return {point_id: named[DENSE] for point_id, named in vectors.items() if DENSE in named}
 
     async def _call(self, call: Callable[[], Awaitable[AnswerT]]) -> AnswerT:
         """The call's answer, tried again while time is left and the error may pass."""

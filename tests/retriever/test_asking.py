@@ -14,10 +14,11 @@ from retriever import fusion
 from retriever.contract import MAX_BATCH, MAX_K, MAX_SIMILAR
 from retriever.encode import Query
 from retriever.ranking import diverse, explain
-from streams.contract import hash_id
+from streams.contract import CANARY_HASH, CANARY_ID, hash_id
 from tests.retriever.published import CONFIG, POPULARITY_SCALE, WEIGHTS, Published, Publisher
 from tests.retriever.running import Running, Wire
 from tests.retriever.test_candidates import answered, assert_ranked, click
+from trainer.contract import EVENT_TIME
 
 pytestmark = pytest.mark.index
 ODD = {"must": [{"key": "parity", "match": {"value": "odd"}}]}
@@ -196,6 +197,17 @@ def test_items_that_nobody_knows_are_a_problem_that_names_them(retriever: Runnin
     }
     too_many = post(retriever, "/v1/similar", {"item_ids": [str(number) for number in range(MAX_SIMILAR + 1)]})
     assert (too_many.status_code, too_many.json()["errors"][0]["location"]) == (422, "body.item_ids")
+
+
+def test_a_point_without_a_vector_is_no_item_that_others_can_be_like(
+    retriever: Running, published: Published, publisher: Publisher
+) -> None:
+    """The point that tells of canaries has none."""
+    canary = models.PointStruct(id=CANARY_HASH, vector={}, payload={EVENT_TIME: 1.0})
+    publisher.client.upsert(published.manifest.collection, [canary], wait=True)
+    answer = post(retriever, "/v1/similar", {"item_ids": ["item-1", CANARY_ID]})
+    assert answer.status_code == 404, answer.text
+    assert answer.json()["errors"] == [{"location": "body.item_ids.1", "message": "unknown"}]
 
 
 @pytest.mark.parametrize(
