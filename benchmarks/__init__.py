@@ -1,1 +1,1 @@
-"""One file per figure that is quoted somewhere: `python -m benchmarks.NAME --json FILE`."""
+"""One file per figure that is quoted somewhere: `python -m benchmarks.NAME --json [FILE]`."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,8 +32,36 @@ class Row:
 def parser(benchmark: str, description: str) -> argparse.ArgumentParser:
     """A command line with the option that every benchmark has."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{benchmark}", description=description)
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the document to this file")
+    made.add_argument(
+        "--json",
+        nargs="?",
+        action=_Document,
+        metavar="FILE",
+        help="write the document to this file; alone: to standard output, and all else to standard error",
+    )
     return made
+
+
+class _Document(argparse.Action):
+    """Takes the file's path; where none is given, keeps standard output for the document, as a file descriptor.
+
+    Whatever else would be written there, by a library or a child as well, goes to standard error from then on.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if values is None:
+            sys.stdout.flush()
+            kept = os.dup(1)
+            os.dup2(2, 1)
+            setattr(namespace, self.dest, kept)
+        else:
+            setattr(namespace, self.dest, Path(str(values)))
 
 
 def document(benchmark: str, rows: Sequence[Row]) -> dict[str, Any]:
@@ -53,13 +83,14 @@ def document(benchmark: str, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def report(benchmark: str, rows: Sequence[Row], path: Path | None) -> None:
-    """Prints the rows, and writes the document where a file is named."""
+def report(benchmark: str, rows: Sequence[Row], target: Path | int | None) -> None:
+    """Prints the rows, and writes the document to what `--json` gave: a file, or a descriptor, which is closed."""
     written = document(benchmark, rows)
     for row in rows:
         print(f"{row.name:50} {row.value:>14,.3f} {row.unit}")
-    if path is not None:
-        path.write_text(json.dumps(written, indent=2, allow_nan=False) + "\n")
+    if target is not None:
+        with open(target, "w") as file:
+            file.write(json.dumps(written, indent=2, allow_nan=False) + "\n")
 
 
 def commit() -> str | None:

@@ -122,29 +122,35 @@ def rows_of(name: str, result: Evaluation) -> Iterator[Row]:
 def add_sets(options: object) -> None:
     """The options that name the data."""
     add = options.add_argument  # type: ignore[attr-defined]
-    add("--data", type=Path, required=True, help="directory with opam/ and movietweetings/")
+    add("--data", type=Path, metavar="DIR", help="directory with opam/ and movietweetings/; ml-100k needs none")
     add("--recbole", type=Path, help="wheel of recbole 1.2.1; else pip fetches it")
     add("--sets", default=",".join(SETS), help="with commas (default: all)")
     add("--seeds", type=int, default=3, help="runs with other random choices (default 3)")
 
 
 @contextmanager
-def open_sets(data: Path, names: Sequence[str], recbole: Path | None = None) -> Iterator[dict[str, OpenSeed]]:
+def open_sets(data: Path | None, names: Sequence[str], recbole: Path | None = None) -> Iterator[dict[str, OpenSeed]]:
     """The named data sets; what is read from the wheel is there until the end of the context, and nowhere else."""
+    if unknown := [name for name in names if name not in SETS]:
+        sys.exit(f"there is no set {', '.join(unknown)}; sets are {', '.join(SETS)}")
+    if missing := [name for name in names if name != "ml-100k" and not (data and (data / name).is_dir())]:
+        sys.exit(
+            f"{' and '.join(missing)}: give --data a directory with {'/ and '.join(missing)}/ (docs/results.md says "
+            "what is in them), or name other sets with --sets"
+        )
+    folder = data or Path()
     with tempfile.TemporaryDirectory() as directory:
         found: dict[str, OpenSeed] = {}
         for name in names:
             if name == "ml-100k":
                 found[name] = _ml_100k(recbole, Path(directory))
             elif name == "opam":
-                files = data / "opam"
+                files = folder / "opam"
                 kinds = {"tags": "text", "synopsis": "text", "description": "text"}
                 found[name] = partial(_open, files / "first_links.csv.gz", files / "items.csv.gz", Columns(), kinds)
-            elif name == "movietweetings":
-                files, kinds = data / "movietweetings", {"title": "text", "category": "text"}
-                found[name] = partial(_open, files / "events.csv.gz", files / "items.csv.gz", Columns(), kinds)
             else:
-                sys.exit(f"there is no set {name}; sets are {', '.join(SETS)}")
+                files, kinds = folder / "movietweetings", {"title": "text", "category": "text"}
+                found[name] = partial(_open, files / "events.csv.gz", files / "items.csv.gz", Columns(), kinds)
         yield found
 
 

@@ -60,4 +60,23 @@ def test_every_benchmark_takes_the_same_option(name: str) -> None:
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "--json FILE" in done.stdout
+    assert "--json [FILE]" in done.stdout
+
+
+def test_without_a_file_standard_output_is_the_document_alone() -> None:
+    """This benchmark prints while it runs, too."""
+    command = [sys.executable, "-m", "benchmarks.checkpoint", "--json", "--items", "1000", "--checkpoints", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    written = json.loads(done.stdout)
+    assert written["benchmark"] == "checkpoint"
+    told = [line.split()[0] for line in done.stderr.splitlines() if line.startswith("checkpoint.")]
+    assert [row["name"] for row in written["rows"]] == told
+    assert "c00" in done.stderr, "what it prints while it runs"
+
+
+@pytest.mark.parametrize(("name", "data"), [("quality", []), ("freshness", ["--data", "/nowhere"])])
+def test_data_that_are_not_there_are_asked_for(name: str, data: list[str]) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", "--sets", "opam", *data]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("opam: give --data a directory with opam/ ")
