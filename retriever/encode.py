@@ -57,7 +57,7 @@ class Query:
     """What is searched for: score = dense · item + covisit_weight · ln(1 + sparse · item)."""
 
     dense: list[float]
-    """[embedding_dim + popularity_dims]; empty: co-visitation alone."""
+    """[dense_dims]; empty: co-visitation alone."""
     indices: list[int]
     values: list[float]
     """The sparse query's; both empty: there is none."""
@@ -110,7 +110,7 @@ class ServedVersion:
 
         Args:
             item_hashes: n ≥ 1, distinct.
-            dense: float32 [n, embedding_dim + popularity_dims] the items' vectors.
+            dense: float32 [n, dense_dims] the items' vectors.
             embedding: whether embeddings count.
             covisitation: whether co-visitation counts.
         """

@@ -39,7 +39,7 @@ def explain(
         query: that the score answers.
         score: that is explained.
         embedding_dim: dimensions of the deep embedding, the first of `dense`.
-        dense: the item's vector [embedding_dim + popularity_dims].
+        dense: the item's vector [dense_dims].
         covisit: the item's sparse vector, index → value.
     """
     item, asked = np.asarray(dense, np.float64), np.asarray(query.dense, np.float64)

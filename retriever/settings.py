@@ -13,6 +13,7 @@ from pydantic_settings import SettingsConfigDict
 
 from retriever.keys import read_keys
 from streams.service import KafkaSettings
+from trainer.contract import HNSW_EF
 
 
 class RetrieverSettings(KafkaSettings):
@@ -61,7 +62,7 @@ class RetrieverSettings(KafkaSettings):
     shadow_ratio: float = Field(0.0, ge=0, le=1)
     """Share of the other users whose requests are also given to second_version, which nobody waits for: its time and
     how much of the answer it shares are measured."""
-    hnsw_ef: int = Field(512, ge=1, le=65536)
+    hnsw_ef: int = Field(HNSW_EF, ge=1, le=65536)
     """Candidates that an HNSW search looks at; more is slower and closer to exact. Without HNSW it is exact."""
     search_timeout_seconds: float = Field(2.0, gt=0, le=60)
     """Longest time that one request spends on Qdrant, retries included, in seconds."""

@@ -184,7 +184,7 @@ class Versions:
         started = time.perf_counter()
         served = await asyncio.to_thread(load_version, self._model_dir, self._alias, collection)
         manifest = served.manifest
-        wanted = manifest.embedding_dim + manifest.popularity_dims
+        wanted = manifest.dense_dims
         if (size := await self._index.vector_size(collection)) != wanted:
             raise VersionError(
                 f"collection {collection!r} has dense vectors of {size} dimensions, its Manifest {wanted}"

@@ -57,7 +57,7 @@ def export(
     manifest = version.manifest
     assert manifest is not None
     directory.mkdir(parents=True, exist_ok=True)
-    schema = _schema(manifest.embedding_dim + manifest.popularity_dims)
+    schema = _schema(manifest.dense_dims)
     num_items, offset = 0, None
     with pq.ParquetWriter(directory / ITEMS_FILE, schema) as writer:
         while True:

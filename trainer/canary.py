@@ -34,7 +34,7 @@ class Users:
     """[u] of their histories."""
 
     def queries(self, manifest: Manifest, embedding: Float32Array) -> Float32Array:
-        """Their dense queries at popularity 1: float32 [u, D + H].
+        """Their dense queries at popularity 1: float32 [u, dense_dims].
 
         Args:
             manifest: has the weights.

@@ -14,7 +14,8 @@ import msgspec
 import xxhash
 
 DENSE = "dense"
-"""Named vector of every item, distance Dot: [item embedding of length 1 ‖ log-frequency dimensions / scale]."""
+"""Named vector of every item, distance Dot: [item embedding of length 1 ‖ log-frequency dimensions / scale ‖ what it
+lacks in length, where the version has a graph]."""
 COVISIT = "covisit"
 """Named sparse vector of every item, by `covisit_index` of another item: how much more often than by chance the two
 were clicked near each other. Versions without co-visitation have none."""
@@ -27,6 +28,8 @@ EVENT_TIME = "event_time"
 """Payload key of the canary's point alone: event time of the newest canary click that is behind it."""
 
 MANIFEST_VERSION = 1
+HNSW_EF = 512
+"""Candidates that a search through a graph looks at, unless the retriever's settings say otherwise."""
 
 
 class ManifestError(ValueError):
@@ -70,7 +73,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     embedding_dim: int
     """Dimensions of the deep embedding."""
     popularity_dims: int
-    """Log-frequency dimensions behind it; the dense vector has embedding_dim + popularity_dims."""
+    """Log-frequency dimensions behind it."""
+    length_dims: int = 0
+    """1: one more dimension behind these, which makes all items equally long. Graphs find the nearest items, and of
+    equally long ones these are those of the largest product (Bachrach et al., RecSys 2014). The query's is 0."""
     popularity_scale: float
     """Item side divided by it, query side multiplied, so that their range is the embedding's own."""
     popularity_weights: list[float]
@@ -105,6 +111,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch."""
     prequential: PrequentialScore | None = None
     """None: no click had been tested."""
+
+    @property
+    def dense_dims(self) -> int:
+        """Dimensions of the dense vector."""
+        return self.embedding_dim + self.popularity_dims + self.length_dims
 
 
 MANIFEST_FILE = "manifest.json"
@@ -154,8 +165,8 @@ def log_history(num_items: int) -> float:
 def query_vector(
     manifest: Manifest, query_embedding: list[float], popularity: float = 1.0, history_length: int | None = None
 ) -> list[float]:
-    """The dense query: [a · query embedding / temperature ‖ popularity · (weights + a · leaning) · scale]. Dot item =
-    its share of the score; the rest is `covisit_weight` · ln(1 + `covisit_query` · item).
+    """The dense query: [a · query embedding / temperature ‖ popularity · (weights + a · leaning) · scale ‖ 0 for the
+    length]. Dot item = its share of the score; the rest is `covisit_weight` · ln(1 + `covisit_query` · item).
 
     Args:
         manifest: of the version that made the embedding.
@@ -173,9 +184,9 @@ def query_vector(
         weight + slope * known + towers * own
         for weight, slope, own in zip(manifest.popularity_weights, slopes, leaning, strict=True)
     ]
-    return [value * towers / manifest.temperature for value in query_embedding[: manifest.embedding_dim]] + [
-        popularity * weight * manifest.popularity_scale for weight in weights
-    ]
+    embedding = [value * towers / manifest.temperature for value in query_embedding[: manifest.embedding_dim]]
+    popular = [popularity * weight * manifest.popularity_scale for weight in weights]
+    return embedding + popular + [0.0] * manifest.length_dims
 
 
 def covisit_weight(manifest: Manifest, history_length: int | None = None) -> float:

@@ -27,7 +27,7 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 
 from streams.contract import CANARY_HASH, CANARY_ID, Float32Array, Float64Array, UInt64Array
 from trainer.aliases import Named, named_by, switch, versions_in
-from trainer.contract import COVISIT, DENSE, EVENT_TIME, ITEM_ID, STEP, collection_name
+from trainer.contract import COVISIT, DENSE, EVENT_TIME, HNSW_EF, ITEM_ID, STEP, collection_name
 from trainer.covisit import SparseVectors
 
 FIRST_PAUSE_SECONDS = 0.25
@@ -75,7 +75,7 @@ class Points:
     item_hash: UInt64Array
     """[n] point ids, distinct."""
     vectors: Float32Array
-    """[n, D + H]"""
+    """[n, D + H] or [n, D + H + 1]: see `joined_vectors`."""
     item_ids: list[str]
     payloads: list[bytes]
     """JSON objects."""
@@ -139,7 +139,14 @@ class Index:
         return self._call(lambda: versions_in(self._client, self.alias))
 
     def create(self, version: int, size: int, *, hnsw: bool, covisit: bool = False) -> None:
-        """Makes a version's collection with its payload indexes; `size` = D + H; `covisit`: with sparse vectors."""
+        """Makes a version's collection with its payload indexes.
+
+        Args:
+            version: its number.
+            size: of the dense vectors.
+            hnsw: with a graph; else searches are exact.
+            covisit: with sparse vectors.
+        """
         name = collection_name(self.alias, version)
         # m=0: no graph. Searches are exact, fast enough up to some 100,000 points, and points are indexed at once.
         graph = models.HnswConfigDiff(m=16, ef_construct=100) if hnsw else models.HnswConfigDiff(m=0)
@@ -216,9 +223,9 @@ class Index:
             version: whose collection is searched.
             queries: a few; all go into one call.
             limit: most hits of each.
-            exact: past every approximation, or with the collection's own parameters.
+            exact: past every approximation, or as the retriever searches.
         """
-        params = models.SearchParams(exact=True) if exact else None
+        params = models.SearchParams(exact=True) if exact else models.SearchParams(hnsw_ef=HNSW_EF)
         requests = [
             models.QueryRequest(query=query, using=DENSE, limit=limit, params=params) for query in queries.tolist()
         ]
@@ -310,14 +317,26 @@ def new_client(url: str, api_key: str | None, timeout_seconds: int) -> QdrantCli
 
 
 def joined_vectors(
-    embedding: Float32Array, log_counts: Float64Array, landmark: Float64Array, scale: float
+    embedding: Float32Array, log_counts: Float64Array, landmark: Float64Array, scale: float, length: float = 0.0
 ) -> Float32Array:
-    """What the index holds of n items: float32 [n, D + H] = [embedding ‖ (log counts − landmark) / scale].
+    """What the index holds of n items x: float32 [n, D + H] = [embedding ‖ (log counts − landmark) / scale] or, with a
+    length, [n, D + H + 1]: [x ‖ √(length² − |x|²)].
 
     Args:
         embedding: float32 [n, D].
         log_counts: float64 [n, H] of `Catalogue.log_counts`.
         landmark: float64 [H] that the version's log counts are relative to.
         scale: > 0.
+        length: of all vectors, but for those that are longer already; 0: as they are.
     """
-    return np.concatenate([embedding, ((log_counts - landmark) / scale).astype(np.float32)], axis=1)
+    vectors = np.concatenate([embedding, ((log_counts - landmark) / scale).astype(np.float32)], axis=1)
+    if not length:
+        return vectors
+    lacking = np.sqrt(np.maximum(length**2 - (vectors**2).sum(axis=1, keepdims=True), 0.0))
+    return np.concatenate([vectors, lacking.astype(np.float32)], axis=1)
+
+
+def longest_vector(log_counts: Float64Array, landmark: Float64Array, scale: float) -> float:
+    """Length of the longest of the vectors that `joined_vectors` makes of these, embeddings being of length 1."""
+    squares = ((log_counts - landmark) ** 2).sum(axis=1) / scale**2
+    return float(np.sqrt(1.0 + squares.max(initial=0.0)))

@@ -252,7 +252,7 @@ class Publisher:
     def _take_delta(self, version: Version, rows: Int64Array, num_new: int, gone_since: int) -> Delta:
         catalogue, scale = self._catalogue, self._settings.popularity_scale
         landmark = version.landmark_now(catalogue.log_totals)
-        vectors = joined_vectors(catalogue.embedding[rows], catalogue.log_counts(rows), landmark, scale)
+        vectors = joined_vectors(catalogue.embedding[rows], catalogue.log_counts(rows), landmark, scale, version.length)
         counts = self._model.covisit
         covisit = counts.item_vectors(rows, catalogue.item_hash) if counts is not None else None
         points = replace(self._take_points(rows, vectors), covisit=covisit)

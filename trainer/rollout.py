@@ -22,7 +22,16 @@ from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array
 from trainer.canary import LIMIT, Users, invent_users, recall_of
 from trainer.contract import Manifest, collection_name
 from trainer.covisit import Covisit, SparseVectors
-from trainer.index import CanaryError, CollectionGoneError, Index, IndexAwayError, PinnedError, Points, joined_vectors
+from trainer.index import (
+    CanaryError,
+    CollectionGoneError,
+    Index,
+    IndexAwayError,
+    PinnedError,
+    Points,
+    joined_vectors,
+    longest_vector,
+)
 from trainer.towers import ItemInputs, ItemTower, QueryTower
 from trainer.versions import Versions
 
@@ -83,6 +92,8 @@ class Version:
     step: int
     """Of the copy."""
     created_at: float
+    length: float = 0.0
+    """Of all its dense vectors, so that a graph finds them; 0: it has none, and they are as they are."""
 
     def landmark_now(self, log_totals: Float64Array) -> Float64Array:
         """[H] what points that are written now are relative to: the landmark, or what is LARGEST_RISE below the total.
@@ -125,6 +136,8 @@ class Filled:
 
     copy: Copy
     version: Version
+    manifest: Manifest
+    """With the version's names."""
     started: float
 
 
@@ -153,7 +166,7 @@ class Served:
     manifest: Manifest
     users: Users
     queries: Float32Array
-    """[u, D + H] by the version's query tower and weights."""
+    """[u, dense_dims] by the version's query tower and weights."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +174,6 @@ class Checked:
     """A version that is filled, caught up on and found good, and nobody's yet."""
 
     filled: Filled
-    manifest: Manifest
-    """With the version's names."""
     step: int
     """Up to which it was caught up on."""
     item_hash: UInt64Array
@@ -218,10 +229,12 @@ class Rollout:
         # Above those that are removed now, too: a dead process may still have something under way there.
         number = 1 + max([taken.version.number - 1, live or 0, *self.index.versions(), *self.versions.numbers()])
         self._remove_unfinished(live)
-        version = replace(taken.version, number=number)
-        hnsw = len(taken.points) >= self.settings.hnsw_from_items
-        size = taken.manifest.embedding_dim + taken.manifest.popularity_dims
-        self.index.create(number, size, hnsw=hnsw, covisit=taken.covisit is not None)
+        hnsw, scale = len(taken.points) >= self.settings.hnsw_from_items, self.settings.popularity_scale
+        length = longest_vector(taken.log_counts, taken.version.landmark, scale) if hnsw else 0.0
+        version = replace(taken.version, number=number, length=length)
+        names = {"model_version": number, "collection": collection_name(self.index.alias, number)}
+        manifest = msgspec.structs.replace(taken.manifest, **names, length_dims=int(hnsw))
+        self.index.create(number, manifest.dense_dims, hnsw=hnsw, covisit=taken.covisit is not None)
         done, clicks_first = 0, _ClicksFirst(self)
         for inputs in taken.inputs:
             with torch.inference_mode():
@@ -229,7 +242,7 @@ class Rollout:
             part = slice(done, done + len(embedding))
             points = Points(
                 taken.points.item_hash[part],
-                joined_vectors(embedding, taken.log_counts[part], version.landmark, self.settings.popularity_scale),
+                joined_vectors(embedding, taken.log_counts[part], version.landmark, scale, length),
                 taken.points.item_ids[part],
                 taken.points.payloads[part],
                 taken.sparse_vectors(part),
@@ -238,7 +251,7 @@ class Rollout:
                 clicks_first()
                 self.index.upsert(number, batch, version.step)
             done += len(embedding)
-        return Filled(taken, version, started)
+        return Filled(taken, version, manifest, started)
 
     def check(self, filled: Filled, catch_up: Delta) -> Checked:
         """Catches up on what was touched while it was filled, and asks the canaries. Deltas go on meanwhile."""
@@ -246,12 +259,10 @@ class Rollout:
         self._write(number, catch_up, _ClicksFirst(self))
         self.index.wait_until_green(number, self.settings.green_seconds)
         item_hash = catch_up.applied_to(copied.points.item_hash)
-        names = {"model_version": number, "collection": collection_name(self.index.alias, number)}
-        manifest = msgspec.structs.replace(copied.manifest, **names)
-        served = self._invent(filled.version, manifest, copied.query_tower, item_hash)
+        served = self._invent(filled.version, filled.manifest, copied.query_tower, item_hash)
         recall = self._ask_canaries(served) if served is not None and self.settings.canary_queries else None
         num_points = len(copied.points) + len(catch_up.points)
-        return Checked(filled, manifest, catch_up.step, item_hash, num_points, served, recall)
+        return Checked(filled, catch_up.step, item_hash, num_points, served, recall)
 
     def make_live(self, checked: Checked, catch_up: Delta) -> Done:
         """Catches up on the little that was touched since the check, counts, puts the directory in place, switches the
@@ -261,7 +272,7 @@ class Rollout:
         wanted = len(catch_up.applied_to(checked.item_hash))
         if (found := self.index.count(number)) != wanted:
             raise IndexAwayError(f"version {number} has {found} points and should have {wanted}")
-        self.versions.write(checked.manifest, filled.copy.query_tower)
+        self.versions.write(filled.manifest, filled.copy.query_tower)
         self.index.switch(number)
         done = Done(
             catch_up.step,

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import structlog
 
@@ -114,12 +115,13 @@ class Staleness:
             return None
         rows = self._random.choice(rows, min(self._settings.staleness_items, len(rows)), replace=False)
         embedding, log_counts = learner.embed_items(catalogue.inputs_of_rows(rows)), catalogue.log_counts(rows)
-        landmark = served.version.landmark_now(catalogue.log_totals)
-        return Sample(
-            catalogue.item_hash[rows],
-            joined_vectors(embedding, log_counts, landmark, self._settings.popularity_scale),
-            served.users.queries(manifest, learner.embed_queries(served.users.inputs)),
+        version, scale = served.version, self._settings.popularity_scale
+        vectors = joined_vectors(
+            embedding, log_counts, version.landmark_now(catalogue.log_totals), scale, version.length
         )
+        alike = msgspec.structs.replace(manifest, length_dims=served.manifest.length_dims)
+        queries = served.users.queries(alike, learner.embed_queries(served.users.inputs))
+        return Sample(catalogue.item_hash[rows], vectors, queries)
 
     def _measure(self, served: Served, now: Sample) -> Lag | None:
         found = self._index.vectors(served.version.number, now.item_hash)

@@ -129,8 +129,12 @@ class Publisher:
         config: TowerConfig = CONFIG,
         item_stem: str = "item",
         switch: bool = True,
+        length: float = 0.0,
     ) -> Published:
-        """Writes tower and Manifest, fills the collection, and switches the alias to it."""
+        """Writes tower and Manifest, fills the collection, and switches the alias to it.
+
+        `length`: of all vectors, as in a version with a graph; 0: each has its own.
+        """
         random = np.random.default_rng(model_version)
         tower, _ = build_towers(config, seed=model_version)
         tower.tables.users.normal_(generator=torch.Generator().manual_seed(model_version))  # as if they had been learnt
@@ -144,12 +148,15 @@ class Publisher:
         vectors = np.hstack([embeddings, log_frequency / POPULARITY_SCALE]).astype(np.float32)
         covisits = np.where(random.random((num_items, num_items)) < 0.2, 20 * random.random((num_items, num_items)), 0)
         np.fill_diagonal(covisits, 0)
+        lacking = np.sqrt(length**2 - (vectors**2).sum(1, keepdims=True)) if length else vectors[:, :0]
+        sent = np.hstack([vectors, lacking]).astype(np.float32)
         collection = collection_name(self.alias, model_version)
         manifest = Manifest(
             model_version=model_version,
             collection=collection,
             embedding_dim=config.embedding_dim,
             popularity_dims=1,
+            length_dims=int(length > 0),
             popularity_scale=POPULARITY_SCALE,
             **WEIGHTS,
             history_length=config.history_length,
@@ -164,7 +171,7 @@ class Publisher:
         self.write(manifest, tower)
         self.client.create_collection(
             collection,
-            vectors_config={DENSE: models.VectorParams(size=vectors.shape[1], distance=models.Distance.DOT)},
+            vectors_config={DENSE: models.VectorParams(size=sent.shape[1], distance=models.Distance.DOT)},
             sparse_vectors_config={COVISIT: models.SparseVectorParams()},
         )
         self.client.create_payload_index(collection, STEP, models.PayloadSchemaType.INTEGER)
@@ -189,7 +196,7 @@ class Publisher:
                         "n": number,
                     },
                 )
-                for number, (item, vector) in enumerate(zip(item_ids, vectors, strict=True))
+                for number, (item, vector) in enumerate(zip(item_ids, sent, strict=True))
             ],
             wait=True,
         )

@@ -54,6 +54,21 @@ def test_candidates_are_the_exact_best_of_the_served_score(retriever: Running, p
     assert (answer["user_known"], answer["history_source"], answer["history_length"]) == (None, "request", 2)
 
 
+def test_a_version_whose_items_are_all_equally_long_gives_the_same_scores(
+    retriever: Running, publisher: Publisher
+) -> None:
+    published = publisher.publish(1, length=3.0)
+    retriever.wait_for_version(1)
+    wanted = published.best(20, history=["item-3", "item-9"])
+    answer = retriever.ask(history=["item-3", "item-9"], exclude_seen=False, k=20, explain=True)
+    assert_ranked(answer, wanted)
+    for candidate in answer["candidates"]:
+        assert sum(candidate["explanation"].values()) == pytest.approx(candidate["score"], rel=1e-4, abs=1e-4)
+    assert len(retriever.ask(history=["item-3"], k=20, diversity=0.5)["candidates"]) == 20
+    similar = retriever.http.post("/v1/similar", json={"item_ids": ["item-3"], "k": 5})
+    assert similar.status_code == 200 and len(similar.json()["candidates"]) == 5
+
+
 def test_only_the_newest_items_that_the_tower_takes_count(retriever: Running, published: Published) -> None:
     history = [f"item-{number}" for number in range(30)]
     answer = retriever.ask(history=history, exclude_seen=False, k=5)

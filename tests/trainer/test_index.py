@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
 
-from trainer.contract import COVISIT, DENSE
+from trainer.contract import COVISIT, DENSE, HNSW_EF
 from trainer.covisit import SparseVectors
-from trainer.index import Index, Points, _upsert_body, new_client
+from trainer.index import Index, Points, _upsert_body, joined_vectors, longest_vector, new_client
 
 pytestmark = pytest.mark.index
 
@@ -85,3 +85,44 @@ def test_the_endpoint_holds_the_points_as_they_were_sent(client: QdrantClient, a
     assert dict(zip(sparse.indices, np.float32(sparse.values).tolist(), strict=True)) == {
         7: np.float32(0.1), 2**32 - 1: np.float32(1e-8),
     }  # fmt: skip
+
+
+def test_joined_vectors_lack_no_length_but_those_that_are_longer_already() -> None:
+    embedding = np.array([[0.6, 0.8], [1.0, 0.0]], np.float32)
+    log_counts, landmark = np.array([[4.0], [-10.0]]), np.array([2.0])
+    plain = joined_vectors(embedding, log_counts, landmark, 4.0)
+    np.testing.assert_allclose(plain, [[0.6, 0.8, 0.5], [1.0, 0.0, -3.0]], rtol=1e-6)
+    assert longest_vector(log_counts, landmark, 4.0) == pytest.approx(np.sqrt(10))
+    assert longest_vector(log_counts[:0], landmark, 4.0) == 1.0
+    even = joined_vectors(embedding, log_counts, landmark, 4.0, length=2.0)
+    np.testing.assert_allclose(even, [[0.6, 0.8, 0.5, np.sqrt(2.75)], [1.0, 0.0, -3.0, 0.0]], rtol=1e-6)
+
+
+# faiss' own bindings.
+@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
+def test_a_graph_finds_the_best_items_because_all_are_equally_long() -> None:
+    """With the parameters of the index's own graph; no engine that can be embedded here builds graphs, so by faiss."""
+    faiss = pytest.importorskip("faiss")
+    random, num_items, scale = np.random.default_rng(0), 5_000, 20.0
+    tastes = random.normal(size=(50, 32))
+    embedding = tastes[random.integers(50, size=num_items)] + 0.7 * random.normal(size=(num_items, 32))
+    embedding = (embedding / np.linalg.norm(embedding, axis=1, keepdims=True)).astype(np.float32)
+    log_counts = np.log(1 / np.arange(1.0, num_items + 1))[:, None] + random.normal(size=(num_items, 3))
+    landmark = np.log([[20.0, 10.0, 5.0]])[0]
+    towards = tastes[random.integers(50, size=30)] + 0.7 * random.normal(size=(30, 32))
+    towards *= 8 / np.linalg.norm(towards, axis=1, keepdims=True)
+    queries = np.hstack([towards, np.tile(0.33 * scale, (30, 3))]).astype(np.float32)
+    plain = joined_vectors(embedding, log_counts, landmark, scale)
+    even = joined_vectors(embedding, log_counts, landmark, scale, longest_vector(log_counts, landmark, scale))
+    exact = np.argsort(-(queries @ plain.T), axis=1)[:, :100]
+
+    def recall(vectors: np.ndarray) -> float:
+        index = faiss.IndexHNSWFlat(vectors.shape[1], 16, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction, index.hnsw.efSearch = 100, HNSW_EF
+        index.add(vectors)
+        asked = np.hstack([queries, np.zeros((30, vectors.shape[1] - queries.shape[1]), np.float32)])
+        found = index.search(asked, 100)[1]
+        return float(np.mean([len(np.intersect1d(f, e)) / 100 for f, e in zip(found, exact, strict=True)]))
+
+    assert recall(plain) < 0.8
+    assert recall(even) > 0.98

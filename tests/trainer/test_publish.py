@@ -857,6 +857,32 @@ def test_versions_come_in_growing_intervals_and_never_crowd_the_index(new: Calla
         publishing.until(lambda v=version: publishing.live == v + 1)
 
 
+def test_a_version_with_a_graph_has_items_that_are_all_equally_long(new: Callable[..., Publishing]) -> None:
+    """After the publish, a delta and a measurement of staleness; and scores are those of a version without."""
+    publishing = new(settings=replace(SETTINGS, hnsw_from_items=10, staleness_items=64))
+    publishing.click(*[f"i{n}" for n in range(9)])
+    publishing.settle()
+    assert publishing.publisher._served is not None
+    assert publishing.publisher._served.manifest.length_dims == 0
+    publishing.click("i9", "i1")
+    publishing.renew()
+    publishing.click("i2", "i2", "i3")
+    publishing.settle()
+    collection = publishing.client.get_collection(publishing.collection()).config
+    assert collection.hnsw_config.m == 16
+    manifest, version = publishing.publisher._served.manifest, publishing.publisher.live
+    assert (manifest.length_dims, manifest.dense_dims) == (1, manifest.embedding_dim + manifest.popularity_dims + 1)
+    assert version is not None
+    vectors = np.array([point.vector[DENSE] for point in publishing.points().values()], np.float32)  # type: ignore[call-overload,index]
+    assert vectors.shape == (10, manifest.dense_dims)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), version.length, rtol=1e-4)
+    assert vectors[:, -1].max() > 0.1
+    assert publishing.value("canary_recall_ratio") == 1.0
+    publishing.clock.now += SETTINGS.staleness_interval_seconds
+    publishing.until(lambda: publishing.value("served_cosine_ratio", of="mean"))
+    assert publishing.value("served_cosine_ratio", of="mean") == pytest.approx(1.0, abs=1e-5)
+
+
 def test_versions_that_take_long_come_at_once_and_then_twice_as_late(new: Callable[..., Publishing]) -> None:
     begun: list[float] = []
 
