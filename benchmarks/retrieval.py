@@ -41,7 +41,7 @@ from trainer.metrics import Metrics
 from trainer.model import Model, new_model
 from trainer.progress import Progress
 from trainer.publish import Publisher
-from trainer.rollout import PublishSettings, Rollout
+from trainer.rollout import PublishSettings, Rollout, Version
 from trainer.settings import TrainerSettings
 from trainer.versions import Versions
 
@@ -94,7 +94,7 @@ def measure(num_items: int, num_requests: int, directory: Path, *, with_faiss: b
             row("delta_items_per_second", deltas(publisher, model, progress, metrics, random), "items/s")
             publisher.close()
             assert publisher.live is not None
-            rendered = rendered_items(model, publisher.live.landmark, settings)
+            rendered = rendered_items(model, publisher.live, settings)
             served = load_version(directory / "models", ALIAS, collection_name(ALIAS, publisher.live.number))
             histories = [history_of(random, num_items) for _ in range(QUERIES)]
             queries = served.encode(
@@ -199,12 +199,11 @@ def deltas(
 DELTA_METRICS = ("streamtower_trainer_items_published_total", "streamtower_trainer_publish_seconds_sum")
 
 
-def rendered_items(model: Model, landmark: Any, settings: TrainerSettings) -> tuple[Any, ...]:
-    """What was published, as arrays: dense [n, D + H], and the sparse vectors."""
+def rendered_items(model: Model, version: Version, settings: TrainerSettings) -> tuple[Any, ...]:
+    """What was published, as arrays: dense [n, D + H] or, with a graph, one more, and the sparse vectors."""
     rows = np.arange(len(model.catalogue))
-    dense = joined_vectors(
-        model.catalogue.embedding[rows], model.catalogue.log_counts(rows), landmark, settings.popularity_scale
-    )
+    log_counts, scale = model.catalogue.log_counts(rows), settings.popularity_scale
+    dense = joined_vectors(model.catalogue.embedding[rows], log_counts, version.landmark, scale, version.length)
     assert model.covisit is not None
     return dense, model.covisit.item_vectors(rows, model.catalogue.item_hash)
 
