@@ -5,7 +5,7 @@ Station: read once at start, through `streams.service.load_settings`; nothing el
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -13,12 +13,23 @@ from pydantic_settings import SettingsConfigDict
 from streams.service import KafkaSettings
 from streams.state import StateConfig
 
+Preset = Literal["default", "paper"]
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"estimator_mode": "batch", "estimator_initial_gap": 100.0, "num_hashes": 1},
+}
+"""Values that a preset gives to the settings that are not set themselves."""
+
 
 class StreamsSettings(KafkaSettings):
     """How clicks are validated, counted and cut into micro-batches, and how the service behaves on Kafka."""
 
     model_config = SettingsConfigDict(env_prefix="STREAMTOWER_STREAMS_", frozen=True, use_attribute_docstrings=True)
 
+    preset: Preset = "default"
+    """Defaults of the frequency estimator. default: those listed here; paper: as in the paper (Algorithm 2: one hash, a
+    step a micro-batch, once for each distinct item, A = 0 and B = 100 at first, rate alpha, always 1 / B).
+    A setting that is set itself wins over the preset. The trainer's settings have a preset of their own."""
     consumer_group: str = Field("streamtower-streams", pattern=r"^[A-Za-z0-9._-]{1,100}$")
     """Consumer group, put behind the topic prefix; workers of one group share the partitions."""
 
@@ -38,6 +49,10 @@ class StreamsSettings(KafkaSettings):
 
     estimator_mode: Literal["click", "batch"] = "click"
     """click: counts gaps in clicks, which gives shares of clicks. batch: the paper's, counts gaps in micro-batches."""
+    estimator_initial_gap: float = Field(0.0, ge=0, le=1e9)
+    """The gap that the frequency estimator begins with everywhere, at least 1, in clicks or micro-batches, as the mode
+    says: then it counts as the paper prints it. 0: no such gap; it warms up, and an item gone quiet is told by the time
+    since (docs/deviations.md)."""
     num_buckets: int = Field(2**18, ge=2, le=2**30)
     """Buckets of the frequency estimator for each hash, 16 bytes each; several times the number of live items."""
     num_hashes: int = Field(4, ge=1, le=16)
@@ -88,11 +103,22 @@ class StreamsSettings(KafkaSettings):
     metrics_port: int = Field(9101, ge=0, le=65_535)
     """Port of /metrics; 0: any free one, which the log line `listening` names."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_preset(cls, values: Any) -> Any:
+        return PRESETS.get(str(values.get("preset")), {}) | values if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _fits_together(self) -> StreamsSettings:
+        if 0 < self.estimator_initial_gap < 1:
+            raise ValueError("estimator_initial_gap must be 0 or at least 1")
         if self.drift_fast_clicks >= self.drift_slow_clicks:
             raise ValueError("drift_fast_clicks must be less than drift_slow_clicks")
         return self
+
+    def with_preset(self, preset: Preset) -> StreamsSettings:
+        """These settings, where those that are not set themselves are the preset's."""
+        return type(self)(**(self.model_dump(exclude_unset=True) | {"preset": preset}))
 
     def state_config(self) -> StateConfig:
         """The part that a partition's state is made from."""
@@ -101,6 +127,7 @@ class StreamsSettings(KafkaSettings):
             num_hashes=self.num_hashes,
             alpha=self.alpha,
             mode=self.estimator_mode,
+            initial_gap=self.estimator_initial_gap or None,
             max_users=self.history_users,
             history_length=self.history_length,
             drift_fast_clicks=self.drift_fast_clicks,

@@ -40,6 +40,7 @@ class StateConfig:
     num_hashes: int = 4
     alpha: float = 0.01
     mode: EstimatorMode = "click"
+    initial_gap: float | None = None
     max_users: int = 2**18
     history_length: int = 20
     drift_fast_clicks: float = 5_000
@@ -66,7 +67,9 @@ class PartitionState:
     def __init__(self, config: StateConfig, next_offset: int = 0) -> None:
         self.next_offset = next_offset
         """The next offset to learn: every click below it is in the state."""
-        self.estimator = GapEstimator(config.num_buckets, config.num_hashes, config.alpha, config.mode)
+        self.estimator = GapEstimator(
+            config.num_buckets, config.num_hashes, config.alpha, config.mode, initial_gap=config.initial_gap
+        )
         self.histories = UserHistories(config.max_users, config.history_length)
         fast, slow = config.drift_fast_clicks, config.drift_slow_clicks
         self.drift = DriftTracker(fast_clicks=fast, slow_clicks=slow)

@@ -45,7 +45,9 @@ def evaluate(
     items: Data = None,
     preset: Annotated[
         list[str] | None,
-        typer.Option(help="The trainer's preset: default, paper …; may be repeated. Its variables count too."),
+        typer.Option(
+            help="Preset of trainer and streams: default or paper; may be repeated. Their variables count too."
+        ),
     ] = None,
     baselines: Annotated[
         str | None,
@@ -144,7 +146,7 @@ def _run(
 ) -> dict[str, Any]:
     from streams.service import load_settings
     from streams.settings import StreamsSettings
-    from streamtower.evaluate.evaluation import evaluate_contest, trainer_settings
+    from streamtower.evaluate.evaluation import evaluate_contest, streams_beside, trainer_settings
 
     first = open_seed(0)
     models = {preset: trainer_settings(first, preset=preset) for preset in presets}
@@ -155,7 +157,8 @@ def _run(
     _set_threads(next(iter(models.values())).num_threads)
     with _shown() as begin:
         if protocol == "sequential":
-            document = _run_by_day(open_seed, streams, models[presets[0]], first_day, seeds, begin)
+            settings = models[presets[0]]
+            document = _run_by_day(open_seed, streams_beside(settings, streams), settings, first_day, seeds, begin)
         else:
             result = evaluate_contest(
                 open_seed,

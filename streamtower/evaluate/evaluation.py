@@ -46,8 +46,6 @@ HALF_LIVES = (200.0, 1_000.0, 5_000.0, 25_000.0, math.inf)
 """Of live popularity, in clicks; the best of them, in hindsight, is the baseline."""
 STRICT = "_strict"
 """Behind the name of a model whose histories hold clicks of earlier moments only."""
-PAPER_ESTIMATOR: dict[str, Any] = {"estimator_mode": "batch", "num_hashes": 1}
-"""Settings of streams beside the trainer's preset "paper": the frequency estimate as in the paper's experiments."""
 NUM_PARTS = 40
 """Stretches of the stream for which recall and drift are told."""
 
@@ -130,7 +128,7 @@ def evaluate_contest(
         open_seed: the data set with the ties of its clicks shuffled by a seed.
         streams: settings of streams.
         models: name → settings of the trainer; the seed is set by the evaluation. A model of preset "paper" gets the
-            paper's frequency estimate.
+            preset "paper" of streams: see `streams_beside`.
         baselines: of BASELINES.
         seeds: at least one.
         strict: names of models that also run with strict histories, where the data have ties.
@@ -154,9 +152,8 @@ def evaluate_contest(
 
         for name, settings in models.items():
             seeded = settings.model_copy(update={"seed": seed})
-            own = clicks
-            if settings.preset == "paper":
-                own = stream(cuts, streams.model_copy(update=PAPER_ESTIMATOR).state_config(), refresh_clicks)
+            config = streams_beside(settings, streams).state_config()
+            own = clicks if config == streams.state_config() else stream(cuts, config, refresh_clicks)
             show_model(name, seeded, own)
             if name in strict and result.has_ties:
                 show_model(name + STRICT, seeded, with_strict_histories(own, streams.history_length))
@@ -167,6 +164,11 @@ def evaluate_contest(
             else:
                 _contest(result, name).add(clicks, run(_baseline(name, clicks, seed), clicks.blocks, told))
     return result
+
+
+def streams_beside(trainer: TrainerSettings, streams: StreamsSettings) -> StreamsSettings:
+    """Settings of streams for a model: the paper's frequency estimate beside the paper's preset, where none is set."""
+    return streams.with_preset("paper") if trainer.preset == "paper" else streams
 
 
 def _contest(result: Evaluation, name: str) -> Contest:

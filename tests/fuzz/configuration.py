@@ -48,7 +48,7 @@ CORPUS = (
     ),
     _variables(
         "STREAMTOWER_STREAMS_", kafka_security_protocol="SASL_SSL", kafka_username="app", kafka_password=SECRET,
-        kafka_sasl_mechanism="SCRAM-SHA-512", topic_prefix="shop.", max_rejected_ratio="0.25",
+        kafka_sasl_mechanism="SCRAM-SHA-512", topic_prefix="shop.", preset="paper", max_rejected_ratio="0.25",
     ),
     _variables(
         "STREAMTOWER_TRAINER_", preset="paper", hidden="[128, 64]", use_user_id="true", seed="7", temperature=".1",

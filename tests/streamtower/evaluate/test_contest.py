@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from streams.contract import ItemEvent
+from streams.settings import StreamsSettings
+from streams.state import StateConfig
 from streamtower.evaluate.contest import TowersContestant, evaluated_model, item_changes, run
-from streamtower.evaluate.evaluation import evaluate_contest, trainer_settings
+from streamtower.evaluate.evaluation import evaluate_contest, streams_beside, trainer_settings
+from streamtower.evaluate.measures import measures, second_half
 from streamtower.evaluate.ranking import NUM_BEST
 from streamtower.evaluate.replay import read_clicks, stream
 from tests.streamtower.evaluate.clicks_at_hand import (
@@ -77,15 +80,26 @@ def test_an_items_features_are_told_after_its_first_click() -> None:
 
 def test_the_papers_preset_gets_the_papers_frequency_estimate() -> None:
     corrected = TRAINER.model_copy(update={"correction": "logq"})
+    papers = corrected.model_copy(update={"preset": "paper"})
+    streams = StreamsSettings(batch_size=16, num_buckets=1024, history_length=5, history_users=1000)
+    assert streams_beside(corrected, streams) == streams
+    assert streams_beside(papers, streams).state_config() == StateConfig(
+        num_buckets=1024, num_hashes=1, mode="batch", initial_gap=100.0, max_users=1000, history_length=5
+    )
     result = evaluate_contest(
         lambda seed: random_dataset(600, num_items=20),
-        STREAMS,
-        {"default": corrected, "again": corrected, "paper": corrected.model_copy(update={"preset": "paper"})},
+        streams,
+        {"default": corrected, "again": corrected, "paper": papers},
         baselines=[],
         seeds=[0],
     )
     found = {name: contest.measures[0] for name, contest in result.contests.items()}
     assert found["default"] == found["again"] != found["paper"]
+    cuts, _ = read_clicks(random_dataset(600, num_items=20), streams)
+    by_hand = stream(cuts, streams_beside(papers, streams).state_config())
+    assert found["paper"] == measures(
+        by_hand, run(TowersContestant(by_hand, papers, {}), by_hand.batches).seen, second_half(600)
+    )
 
 
 def test_seeds_shuffle_and_train_anew_and_all_are_summed_up() -> None:
