@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from streams.hash_table import SlotIndex
 from trainer.admission import Admission
 from trainer.columns import Changes, Column
 from trainer.embeddings import Embeddings
+from trainer.gone import Gone
 from trainer.item_events import ItemChange
 from trainer.towers import ItemFeatures, ItemInputs, encode_item_features
 
@@ -96,10 +96,9 @@ class Catalogue:
         """Rows dropped to make room, so far."""
         self.num_expired = 0
         """Rows dropped because of their age, so far."""
-        self.gone: dict[int, int] = {}
-        """Hash → step of the items that were deleted or dropped, until `forget_gone`: what the index may still hold. At
-        most `max_items`, those that went last: more go only where no version has been published for long, and the next
-        version is made without any of them."""
+        self.gone = Gone(max_items)
+        """Items that were deleted or dropped, until they are forgotten: what the index may still hold. More go only
+        where no version has been published for long, and the next one is made without any of them."""
         self.on_keep: Callable[[Int64Array], None] = lambda kept: None
         """Called with the old numbers of the rows that stay when items are dropped, in their new order."""
 
@@ -271,20 +270,15 @@ class Catalogue:
         back = rows[self._deleted[rows]]
         self._deleted[back] = False
         self._added[back] = step
-        for key in self._item_hash[back].tolist():
-            self.gone.pop(key, None)
+        self.gone.came(self._item_hash[back])
         gone = self.find(hash_ids([change.item_id for change in newest.values() if change.gone]))
         gone = gone[gone >= 0]
         gone = gone[~self._deleted[gone]]
         self._deleted[gone] = True
         self._touch(gone, step)
-        self._went(self._item_hash[gone], step)
+        self.gone.went(self._item_hash[gone], step)
         self.num_deleted += len(gone) - len(back)
         return rows
-
-    def forget_gone(self, step: int) -> None:
-        """Forgets what went before or at this step: the live version was filled without it."""
-        self.gone = {item_hash: when for item_hash, when in self.gone.items() if when > step}
 
     @property
     def changes(self) -> dict[str, Changes]:
@@ -328,15 +322,10 @@ class Catalogue:
             setattr(self, name, int(state[name]))
         if self.clicks_counted:
             self._log_total = np.array(state["log_total"], np.float64)
-        self.gone = {}
+        gone = np.flatnonzero(self._deleted)
+        for row in gone[np.argsort(self._touched[gone], kind="stable")]:  # who was told so by now is not known
+            self.gone.went(self._item_hash[row : row + 1], int(self._touched[row]))
         self._changed.take(self._size)
-
-    def _went(self, item_hash: UInt64Array, step: int) -> None:
-        for key in item_hash.tolist():
-            self.gone.pop(key, None)
-            self.gone[key] = step
-        for key in list(islice(self.gone, max(0, len(self.gone) - self.max_items))):
-            del self.gone[key]
 
     def _touch(self, rows: Int64Array, step: int) -> None:
         self._touched[rows] = step
@@ -366,8 +355,7 @@ class Catalogue:
         self._payloads += [NO_PAYLOAD] * len(item_ids)
         self.features.append(len(item_ids))
         self.embeddings.extend(self._size)
-        for key in item_hash.tolist():
-            self.gone.pop(key, None)
+        self.gone.came(item_hash)
 
     def _make_room(self, num_new: int, step: int) -> None:
         if self._size + num_new <= self.max_items:
@@ -382,7 +370,7 @@ class Catalogue:
         """Drops all rows but these, which are rising; those that were served are gone."""
         served = ~self.deleted
         served[kept] = False
-        self._went(self.item_hash[served], step)
+        self.gone.went(self.item_hash[served], step)
         self._columns(lambda column, fill: column[kept])
         self._item_ids = [self._item_ids[row] for row in kept]
         self._payloads = [self._payloads[row] for row in kept]

@@ -181,18 +181,15 @@ class Index:
         name = collection_name(self.alias, version)
         self._call(lambda: self._client.upsert(name, [point], wait=True, update_filter=older))
 
-    def delete(self, version: int, item_hash: UInt64Array, step: int) -> None:
-        """Deletes those of the points that are of this step or before."""
+    def delete(self, version: int, item_hash: UInt64Array, step: int | None) -> None:
+        """Deletes those of the points that are of this step or before; None: whatever their step."""
         name = collection_name(self.alias, version)
         for start in range(0, len(item_hash), DELETE_POINTS):
             ids = item_hash[start : start + DELETE_POINTS].tolist()
-            named = models.Filter(
-                must=[
-                    models.HasIdCondition(has_id=ids),
-                    models.FieldCondition(key=STEP, range=models.Range(lte=step)),
-                ]
-            )
-            selector = models.FilterSelector(filter=named)
+            must: list[models.Condition] = [models.HasIdCondition(has_id=ids)]
+            if step is not None:
+                must.append(models.FieldCondition(key=STEP, range=models.Range(lte=step)))
+            selector = models.FilterSelector(filter=models.Filter(must=must))
             self._call(lambda s=selector: self._client.delete(name, s, wait=True))  # type: ignore[misc]
 
     def wait_until_green(self, version: int, seconds: float) -> None:

@@ -173,7 +173,11 @@ class Metrics:
             (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
             "kind",
         )
-        self.publish_failures = counter("publish_failures_total", "Publishes given up after all attempts.", "kind")
+        self.publish_failures = counter(
+            "publish_failures_total",
+            "Publishes given up after all attempts; delete = deletes in versions that get no deltas.",
+            "kind",
+        )
         self.served_cosine = gauge(
             "served_cosine_ratio",
             "Cosine between the item embedding that the index holds and the one that the towers give now, over "
@@ -283,6 +287,7 @@ class Metrics:
         for kind in PUBLISH_KINDS:
             for metric in (self.items_published, self.publish_seconds, self.publish_failures):
                 metric.labels(kind)
+        self.publish_failures.labels("delete")
         for of in ("mean", "p95"):
             self.served_cosine.labels(of)
         for cutoff in CUTOFFS:

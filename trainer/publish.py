@@ -19,7 +19,8 @@ collection or the alias has disappeared, and as soon as that allows it when what
 
 **Delta** = the items touched since their last acknowledged copy, as many as fit the interval, new items first
 (`waiting`), into the live collection; and a delete of the items that went, again and again for a minute, because a
-late upsert could bring back what was new and then went; one of items that are there already makes no points.
+late upsert could bring back what was new and then went; one of items that are there already makes no points. From all
+other versions that may be served they are deleted too (`deletions`), whether or not one is pinned.
 
 While an operator holds a version live (`aliases`), no other one is made and nothing is written into any, but deltas go
 on into the held one if this process has filled it. What is touched meanwhile goes out when none is held any more.
@@ -33,7 +34,6 @@ import copy
 import math
 import threading
 import time
-from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
@@ -45,7 +45,9 @@ from streams.contract import Float32Array, Int64Array, MicroBatch, UInt64Array
 from trainer.aliases import Named
 from trainer.catalogue import EMBED_ITEMS
 from trainer.contract import Manifest
+from trainer.deletions import OtherVersions
 from trainer.freshness import Freshness
+from trainer.gone import Sweeps
 from trainer.index import (
     CanaryError,
     CollectionGoneError,
@@ -69,8 +71,6 @@ LONGEST_LULL_SECONDS = 1.0
 """After so long without a click, none come at present."""
 CLOSE_SECONDS = 3.0
 """How long `close` waits for what is under way."""
-SWEEP_SECONDS = 60.0
-"""For so long after items went, deltas go out even if nothing was touched, and each deletes again what went."""
 NOTHING = np.zeros(0, np.uint64)
 
 ResultT = TypeVar("ResultT")
@@ -114,10 +114,9 @@ class Publisher:
         """Event time of the newest canary, seconds since the epoch."""
         self._canary_told: float | None = None
         """That of the canary that the live version tells of."""
-        self._swept_step = -1
-        """What went before or at this step was deleted for the last time."""
-        self._sweeps: deque[tuple[float, int]] = deque()
-        """When deltas were acknowledged, within the last `SWEEP_SECONDS`, and their steps."""
+        self._sweeps = Sweeps()
+        """Of the live version."""
+        self._others = OtherVersions(rollout, model.catalogue, progress, metrics)
         self._staleness = Staleness(model, rollout.index, self._settings, metrics)
         self._served: Served | None = None
         self._full_took = 0.0
@@ -160,17 +159,20 @@ class Publisher:
         is_ours = self.live is not None and pinned in (None, self.live.number)
         if self.live and is_ours and self._delta is None and self._switch is None and now >= self._delta_due:
             self._delta_due = now + self._settings.publish_interval_seconds
-            went_last = next(reversed(self._catalogue.gone.values()), -1)  # their steps rise
-            sweeps = went_last > self._swept_step
+            sweeps = self._catalogue.gone.last > self._sweeps.step
             canary = self._canary != self._canary_told
             if self._progress.step > self.published_step or self._num_left or sweeps or canary:
                 self._turn = take_turn(self._catalogue, self._progress.step, self._rate.limit)
                 version, turn = self.live, self._turn
-                delta = self._take_delta(version, turn.rows, turn.num_new, self._swept_step)
+                delta = self._take_delta(version, turn.rows, turn.num_new, self._sweeps.step)
                 if canary:
                     delta, self._canary_told = replace(delta, canary=self._canary), self._canary
                 self._report(len(self._turn.rows) + len(self._turn.left))
                 self._delta = start_job(lambda: self._rollout.publish_delta(version, delta))
+        if self._switch is None:  # else a version is there that is neither live nor another one
+            self._others.advance(now, self.live.number if self.live else None, own_gets_deltas=is_ours)
+        if self.live:
+            self._catalogue.gone.forget(min(self.live.step, self._others.sweeps.step))
         if self._served is not None and self._staleness.advance(now, self._served, self._manifest):
             due = max(now, self._full_started + self._least_pause)
             if due < self._full_due and not self._is_publishing:
@@ -199,7 +201,7 @@ class Publisher:
         """Stops what is under way; nothing is lost, for a restart publishes in full."""
         self._stopping.set()
         deadline = time.monotonic() + CLOSE_SECONDS
-        for future in (self._look, self._fill, self._check, self._switch, self._delta):
+        for future in (self._look, self._fill, self._check, self._switch, self._delta, self._others.job):
             while future is not None and not future.done() and time.monotonic() < deadline:
                 time.sleep(0.01)
         self._finish(self._rising())
@@ -256,8 +258,7 @@ class Publisher:
         counts = self._model.covisit
         covisit = counts.item_vectors(rows, catalogue.item_hash) if counts is not None else None
         points = replace(self._take_points(rows, vectors), covisit=covisit)
-        hashes = [key for key, step in catalogue.gone.items() if step > gone_since]
-        return Delta(self._progress.step, points, num_new, np.array(hashes, np.uint64))
+        return Delta(self._progress.step, points, num_new, catalogue.gone.since(gone_since))
 
     def _take_points(self, rows: Int64Array, vectors: Float32Array) -> Points:
         catalogue, numbers = self._catalogue, rows.tolist()
@@ -280,9 +281,7 @@ class Publisher:
             assert turn is not None
             if done := self._result(delta, "delta", now):
                 self._acknowledged(done, "delta", turn.left)
-                self._sweeps.append((now, done.step))
-                while now - self._sweeps[0][0] > SWEEP_SECONDS:
-                    self._swept_step = self._sweeps.popleft()[1]
+                self._sweeps.acknowledge(now, done.step)
             else:
                 give_back(self._catalogue, turn)
                 self._canary_told = None
@@ -314,9 +313,9 @@ class Publisher:
             self._canary_told, self._delta_due = None, now
         self._served = done.served
         self._full_took = now - self._full_started
-        self._catalogue.forget_gone(version.step)
-        self._sweeps.clear()
-        self._swept_step = version.step
+        # The version before is one of the others from here on, swept as far as deltas have swept it.
+        self._others.sweeps.begin_at(min(self._others.sweeps.step, self._sweeps.step))
+        self._sweeps.begin_at(version.step)
         self._catalogue.published[:] = done.step
         self._acknowledged(done, "full")
         self._metrics.index_version.set(version.number)

@@ -119,13 +119,15 @@ def test_a_gone_item_is_not_brought_back_by_a_click_but_by_an_item_event() -> No
     assert catalogue.added.tolist() == [4, 1]
 
 
-def test_what_went_is_remembered_until_it_is_forgotten() -> None:
-    catalogue = new_catalogue()
+def test_after_a_restart_all_that_is_deleted_has_gone_in_the_order_of_its_steps() -> None:
+    catalogue, again = new_catalogue(), new_catalogue()
     click(catalogue, ["a", "b", "c"], 1)
-    catalogue.take([gone("a")], 2)
-    catalogue.take([gone("b")], 3)
-    catalogue.forget_gone(2)
-    assert catalogue.gone == {hash_id("b"): 3}
+    catalogue.take([gone("b")], 2)
+    catalogue.take([gone("a")], 3)
+    catalogue.gone.forget(3)
+    assert catalogue.gone == {}
+    again.load_state_dict(catalogue.state_dict())
+    assert list(again.gone.items()) == [(hash_id("b"), 2), (hash_id("a"), 3)]
 
 
 def test_of_what_went_no_more_is_remembered_than_there_may_be_items() -> None:

@@ -321,7 +321,9 @@ def test_a_gone_item_is_deleted_and_a_late_upsert_does_not_bring_it_back(new: Ca
     publishing.settle()
     assert publishing.points().keys() == {"b"}
     publishing.renew()
-    assert publishing.points().keys() == {"b"} and publishing.catalogue.gone == {}
+    assert publishing.points().keys() == {"b"}
+    publishing.clock.now += 100.0
+    publishing.until(lambda: publishing.catalogue.gone == {})
     publishing.take(ItemChange("a"))
     publishing.settle()
     assert publishing.points().keys() == {"a", "b"}
@@ -623,6 +625,9 @@ def test_while_an_older_version_is_pinned_nothing_is_published_and_then_all_of_i
     publishing.until(lambda: publishing.value("pinned_version"))
     publishing.click("a", "d")
     publishing.take(ItemChange("b", gone=True))
+    for version in (1, 2):
+        publishing.until(lambda v=version: "b" not in contents(publishing, v))
+        before[version].pop("b")
     for _ in range(5):
         publishing.clock.now += 100.0
         for _ in range(3):
@@ -636,7 +641,80 @@ def test_while_an_older_version_is_pinned_nothing_is_published_and_then_all_of_i
     publishing.until(lambda: publishing.publisher.idle and publishing.live == 3)
     assert publishing.index.named() == Named(3, None)
     assert publishing.points().keys() == {"a", "c", "d"}
-    assert contents(publishing, 2).keys() in ({"a", "b", "c"}, {"a", "c", "d"})  # with or without a delta before 3
+    assert contents(publishing, 2).keys() in ({"a", "c"}, {"a", "c", "d"})  # without or with a delta before 3
+
+
+def test_what_went_goes_from_every_kept_version_and_what_comes_back_into_the_live_one_alone(
+    new: Callable[..., Publishing],
+) -> None:
+    publishing = new()
+    publishing.click("a", "b", "c")
+    publishing.settle()
+    publishing.renew()
+    publishing.take(ItemChange("a", gone=True))
+    publishing.settle()
+    publishing.until(lambda: contents(publishing, 1).keys() == {"b", "c"})
+    publishing.take(ItemChange("a"))
+    publishing.settle()
+    assert publishing.points().keys() == {"a", "b", "c"} and contents(publishing, 1).keys() == {"b", "c"}
+    publishing.take(ItemChange("b", gone=True))
+    publishing.clock.now += 1_000.0  # the next version is made at once, before a delta has deleted it in this one
+    publishing.publisher._delta_due = publishing.clock.now + 10_000.0
+    publishing.until(lambda: publishing.live == 3)
+    assert contents(publishing, 3).keys() == {"a", "c"}
+    publishing.clock.now += 2.0
+    publishing.until(lambda: contents(publishing, 2).keys() == {"a", "c"})
+
+
+def test_what_went_goes_from_a_pinned_version_of_an_earlier_process_whatever_its_steps(
+    new: Callable[..., Publishing],
+) -> None:
+    first = new()
+    first.click("a", "b", "c")
+    first.settle()
+    for _ in range(5):
+        first.click("a", "b", "c")
+    first.settle()
+    first.publisher.close()
+    switch(first.client, first.alias, 1, pin=True)
+    second = new(progress=Progress(model_version=1))
+    second.click("a", "b", "c")
+    second.take(ItemChange("a", gone=True))
+    second.until(lambda: first.points().keys() == {"b", "c"})
+    second.until(lambda: second.value("pinned_version"))
+    assert second.live is None
+    second.take(ItemChange("b", gone=True))
+    second.publisher.close()
+    third = new(progress=second.progress)
+    third.model.load_state_dict(second.model.state_dict())  # what it had not told any more is told now
+    third.until(lambda: first.points().keys() == {"c"})
+
+
+def test_deletes_in_older_versions_that_fail_are_counted_and_repeated(
+    new: Callable[..., Publishing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishing = new()
+    publishing.click("a", "b")
+    publishing.settle()
+    publishing.renew()
+    delete, failing = publishing.index.delete, [1, 1]
+
+    def fail(version: int, *values: object) -> None:
+        if version == 1 and failing:
+            failing.pop()
+            raise IndexAwayError("away")
+        delete(version, *values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(publishing.index, "delete", fail)
+    publishing.take(ItemChange("a", gone=True))
+    publishing.settle()
+    publishing.until(lambda: publishing.value("publish_failures_total", kind="delete") == 1)
+    publishing.clock.now += 2.0
+    publishing.until(lambda: publishing.value("publish_failures_total", kind="delete") == 2)
+    assert contents(publishing, 1).keys() == {"a", "b"}
+    publishing.clock.now += 2.0
+    publishing.until(lambda: contents(publishing, 1).keys() == {"b"})
+    assert publishing.value("publish_failures_total", kind="delta") == 0
 
 
 def test_the_live_version_that_is_pinned_goes_on_by_deltas_alone(new: Callable[..., Publishing]) -> None:
