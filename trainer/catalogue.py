@@ -258,7 +258,8 @@ class Catalogue:
         """Takes item changes; of several of one item the last counts.
 
         Returns:
-            int64 [n] rows of the items that have new features. A gone item that was not known leaves no trace.
+            int64 [n] rows of the items that have new features. A gone item that was not known has a row from here on,
+            marked deleted, so that no click from before brings it in; but only where there is room for it.
         """
         newest = {change.item_id: change for change in changes}
         put = [change for change in newest.values() if not change.gone]
@@ -271,7 +272,11 @@ class Catalogue:
         self._deleted[back] = False
         self._added[back] = step
         self.gone.came(self._item_hash[back])
-        gone = self.find(hash_ids([change.item_id for change in newest.values() if change.gone]))
+        gone_ids = [change.item_id for change in newest.values() if change.gone]
+        gone_hash = hash_ids(gone_ids)
+        unknown = np.flatnonzero(self.find(gone_hash) < 0)[: max(0, self.max_items - self._size)]
+        self.admit(gone_hash[unknown], [gone_ids[place] for place in unknown], step)
+        gone = self.find(gone_hash)
         gone = gone[gone >= 0]
         gone = gone[~self._deleted[gone]]
         self._deleted[gone] = True

@@ -108,15 +108,37 @@ def test_a_gone_item_is_not_brought_back_by_a_click_but_by_an_item_event() -> No
     catalogue = new_catalogue()
     click(catalogue, ["a", "b"], 1)
     catalogue.take([gone("a"), gone("never known")], 2)
-    assert (catalogue.num_items, len(catalogue)) == (1, 2)
-    assert catalogue.gone == {hash_id("a"): 2}
-    click(catalogue, ["a"], 3)
-    assert catalogue.deleted.tolist() == [True, False]
+    assert (catalogue.num_items, len(catalogue)) == (1, 3)
+    assert catalogue.gone == {hash_id("a"): 2, hash_id("never known"): 2}
+    click(catalogue, ["a", "never known"], 3)
+    assert catalogue.deleted.tolist() == [True, False, True]
     assert catalogue.popularity()[0] == -np.inf and np.isfinite(catalogue.popularity()[1])
-    assert catalogue.gone == {hash_id("a"): 2}
-    catalogue.take([change("a")], 4)
-    assert catalogue.num_items == 2 and not catalogue.deleted.any() and catalogue.gone == {}
-    assert catalogue.added.tolist() == [4, 1]
+    assert catalogue.gone == {hash_id("a"): 2, hash_id("never known"): 2}
+    catalogue.take([change("a"), change("never known")], 4)
+    assert catalogue.num_items == 3 and not catalogue.deleted.any() and catalogue.gone == {}
+    assert catalogue.added.tolist() == [4, 1, 4]
+
+
+@pytest.mark.parametrize("admit_clicks", [1, 2])
+def test_clicks_that_are_read_after_their_items_tombstone_do_not_bring_it_in(admit_clicks: int) -> None:
+    catalogue = new_catalogue(admit_clicks=admit_clicks)
+    catalogue.take([gone("a"), gone("b"), change("b"), gone("b")], 1)  # as a new trainer reads a compacted topic
+    for step in (2, 3, 4):
+        clicks(catalogue, ["a", "b", "c"], step)
+    assert (catalogue.num_items, catalogue.num_deleted) == (1, 2)
+    assert not catalogue.deleted[catalogue.find(hash_ids(["c"]))].any()
+
+
+def test_tombstones_of_items_that_were_never_known_take_the_room_that_is_left_and_drop_nothing() -> None:
+    catalogue = new_catalogue(max_items=32)
+    click(catalogue, [f"i{n}" for n in range(30)], 1)
+    rows = catalogue.take([gone(f"unknown {n}") for n in range(9)] + [gone("i3"), change("i4")], 2)
+    assert [catalogue.item_id(row) for row in rows] == ["i4"]
+    assert (len(catalogue), catalogue.num_items, catalogue.num_deleted, catalogue.num_dropped) == (32, 29, 3, 0)
+    catalogue.take([gone("unknown 8")], 3)
+    assert len(catalogue) == 32
+    click(catalogue, ["new"], 4)
+    assert catalogue.num_items == 30 and catalogue.num_dropped == 2
 
 
 def test_after_a_restart_all_that_is_deleted_has_gone_in_the_order_of_its_steps() -> None:
