@@ -35,7 +35,7 @@ from trainer.columns import Column, HasState, Kept
 from trainer.metrics import Metrics
 from trainer.progress import Progress
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 COLUMNS_FILE = "columns.safetensors"
@@ -354,7 +354,9 @@ def _verified(path: Path) -> _Manifest:
     if manifest.checksum != manifest.own_checksum():
         raise ValueError(f"{MANIFEST_FILE} contradicts its own checksum")
     if manifest.format != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.format}; this code reads {FORMAT}")
+        raise CheckpointError(
+            f"{path} has format {manifest.format}; this code reads {FORMAT}: move the directory away to begin anew"
+        )
     for name, wanted in manifest.files.items():
         if (found := _checksum(path / name)) != wanted:
             raise ValueError(f"{name} has size and checksum {found} and should have {wanted}")

@@ -9,6 +9,7 @@ Shapes: B clicks, N known items.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,7 +48,7 @@ class Ranks:
 class Prequential:
     """Runs the evaluation along the stream: `window` holds the ranks of the newest clicks, counts cover all.
 
-    Not part of a checkpoint: after a restart it starts anew.
+    The window is its state; the counts are of this process.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Prequential:
         """Evaluated clicks whose item was a candidate."""
         self._hits = {k: np.zeros(2, dtype=np.int64) for k in ks}
         self._window = np.full((window, 2), np.inf)
+        self._num_noted = 0
+        """Clicks of which the window was told, over restarts or since a shorter window."""
 
     def observe(
         self, scores: Float32Array, popularity: Float32Array, target: Int64Array, excluded: Int64Array
@@ -92,16 +95,29 @@ class Prequential:
         pair = np.stack([result.rank, result.popularity_rank], axis=1)
         for k, hits in self._hits.items():
             hits += (pair <= k).sum(0)
-        places = (self.num_evaluated + np.arange(len(pair))) % len(self._window)
-        self._window[places[-len(self._window) :]] = pair[-len(self._window) :]
+        self._note(pair)
         self.num_evaluated += len(pair)
         self.num_candidates_hit += int(np.isfinite(result.rank).sum())
         return result
 
     def window(self) -> Ranks:
         """The ranks of the newest evaluated clicks, in no particular order."""
-        newest = self._window[: min(self.num_evaluated, len(self._window))]
+        newest = self._window[: self._num_noted]
         return Ranks(rank=newest[:, 0], popularity_rank=newest[:, 1])
+
+    def state_dict(self) -> dict[str, Float64Array]:
+        """The window from which `load_state_dict` makes the same: float64 [n, 2], newest last."""
+        first = self._num_noted % len(self._window) if self._num_noted > len(self._window) else 0
+        return {"window": np.roll(self._window[: self._num_noted], -first, axis=0)}
+
+    def load_state_dict(self, state: Mapping[str, Float64Array]) -> None:
+        """Takes over what `state_dict` gave, into an evaluation that has seen nothing; of more clicks the newest."""
+        self._note(state["window"])
+
+    def _note(self, pair: Float64Array) -> None:
+        places = (self._num_noted + np.arange(len(pair))) % len(self._window)
+        self._window[places[-len(self._window) :]] = pair[-len(self._window) :]
+        self._num_noted += len(pair)
 
     def recall(self, k: int) -> float:
         """recall@k over all evaluated clicks; NaN before the first."""

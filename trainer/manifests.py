@@ -65,9 +65,8 @@ def _weights(model: Model) -> dict[str, Any]:
 
 
 def _prequential(model: Model) -> PrequentialScore | None:
-    if model.evaluation is None or not model.evaluation.num_evaluated:
+    if model.evaluation is None or not len((ranks := model.evaluation.window()).rank):
         return None
-    ranks = model.evaluation.window()
     return PrequentialScore(
         clicks=len(ranks.rank),
         recall_at_10=ranks.recall(10),

@@ -336,10 +336,12 @@ class Metrics:
         self.items_dropped.set(catalogue.num_dropped)
         self.items_expired.set(catalogue.num_expired)
         self.items_waiting.set(len(catalogue.admission))
-        if evaluation is not None and evaluation.num_evaluated:
+        if evaluation is not None:
+            if evaluation.num_evaluated < self._evaluated:  # the guard has rolled back: it is another one
+                self._evaluated = 0
             self.clicks_evaluated.inc(evaluation.num_evaluated - self._evaluated)
             self._evaluated = evaluation.num_evaluated
-            window = evaluation.window()
+        if evaluation is not None and len((window := evaluation.window()).rank):
             self.recall_ceiling.set(window.ceiling())
             for cutoff in CUTOFFS:
                 self.prequential_recall.labels(str(cutoff)).set(window.recall(cutoff))

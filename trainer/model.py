@@ -70,7 +70,7 @@ class Model:
     catalogue: Catalogue
     learner: Learner
     evaluation: Prequential | None = None
-    """Not part of the state; what is learnt does not depend on it."""
+    """What is learnt does not depend on it."""
     score: ServedScore = field(default_factory=lambda: ServedScore(1, covisit_weight=0.0, adapts=False))
     """Of as many popularity features as the catalogue has half-lives."""
     covisit: Covisit | None = None
@@ -144,6 +144,8 @@ class Model:
             "catalogue": self.catalogue.state_dict(),
             "score": self.score.state_dict(),
             "covisit": {} if self.covisit is None else self.covisit.state_dict(),
+            # Always there, so that checkpoints with and without it are of the same columns.
+            "evaluation": (self.evaluation or Prequential(window=1)).state_dict(),
         }
         return {f"{stem}.{name}": column for stem, part in parts.items() for name, column in part.items()}
 
@@ -153,7 +155,9 @@ class Model:
         Raises:
             ValueError: it is of another configuration.
         """
-        parts: dict[str, dict[str, Any]] = {"learner": {}, "catalogue": {}, "score": {}, "covisit": {}}
+        parts: dict[str, dict[str, Any]] = {
+            name: {} for name in ("learner", "catalogue", "score", "covisit", "evaluation")
+        }
         for key, column in state.items():
             stem, _, name = key.partition(".")
             parts[stem][name] = column
@@ -162,6 +166,8 @@ class Model:
         self.score.load_state_dict(parts["score"])
         if self.covisit is not None and parts["covisit"]:
             self.covisit.load_state_dict(parts["covisit"])
+        if self.evaluation is not None:
+            self.evaluation.load_state_dict(parts["evaluation"])
 
     def _query(self, batch: MicroBatch) -> QueryInputs:
         config = self.learner.config
@@ -197,10 +203,11 @@ class Model:
         """Scores the drawn clicks of a part; their ranks if they are tested; the weights have learnt from them."""
         rows = part.start + np.flatnonzero((weighed | tested)[part])
         catalogue = self.catalogue
-        num_best = self.evaluation.num_best if self.evaluation is not None else 0
         if not len(rows) or not catalogue.num_items:
-            nothing = np.full(np.count_nonzero(tested[part]), np.inf)
-            return [Ranks(nothing, nothing, np.full((len(nothing), num_best), -1))] if len(nothing) else []
+            if self.evaluation is None or not (num_tested := np.count_nonzero(tested[part])):
+                return []
+            nothing, unknown = np.zeros((num_tested, 0), np.float32), np.full(num_tested, -1)
+            return [self.evaluation.observe(nothing, nothing[0], unknown, np.zeros((0, 2), np.int64))]
         lengths = np.diff(batch.history_offsets)[rows]
         histories = catalogue.find(batch.history_values[ranges(batch.history_offsets[rows], lengths)])
         offsets = np.concatenate(([0], np.cumsum(lengths)))

@@ -189,7 +189,7 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_as_that(tmp_path: Path) ->
     plain |= {"format": 3, "checksum": ""}
     plain["checksum"] = xxhash.xxh3_128_hexdigest(msgspec.json.encode(plain))
     path.write_bytes(msgspec.json.encode(plain))
-    with pytest.raises(CheckpointError, match="has format 3; this code reads 4"):
+    with pytest.raises(CheckpointError, match="has format 3; this code reads 5: move the directory away"):
         load(tmp_path)
 
 

@@ -152,6 +152,34 @@ def test_recall_over_all_and_over_the_window_is_that_of_the_ranks() -> None:
         assert evaluation.num_evaluated == len(rank)
 
 
+@pytest.mark.parametrize("num_rows", [0, 4, 10, 27])
+@pytest.mark.parametrize("window", [3, 10, 40])
+def test_an_evaluation_goes_on_with_the_window_of_the_one_before_and_counts_its_own_clicks(
+    num_rows: int, window: int
+) -> None:
+    random, before, after = np.random.default_rng(2), Prequential(window=10), Prequential(window=window)
+    seen = [np.zeros((0, 2))]
+
+    def note(evaluation: Prequential, num_rows: int, seed: int) -> None:
+        ranks = observe(evaluation, batch_of(30, random.integers(-1, 30, num_rows).tolist(), seed))
+        seen.append(np.stack([ranks.rank, ranks.popularity_rank], axis=1))
+
+    for start in range(0, num_rows, 9):
+        note(before, min(9, num_rows - start), start)
+    after.load_state_dict(before.state_dict())
+    assert after.num_evaluated == 0 and np.isnan(after.recall(10))
+    kept = min(num_rows, 10, window)
+    for more in (0, 2, 5):
+        if more:
+            note(after, more, 100 + more)
+        kept = min(kept + more, window)
+        wanted = np.concatenate(seen)[-kept:] if kept else np.zeros((0, 2))
+        np.testing.assert_array_equal(after.state_dict()["window"], wanted)
+        assert sorted(after.window().rank.tolist()) == sorted(wanted[:, 0].tolist())
+        assert sorted(after.window().popularity_rank.tolist()) == sorted(wanted[:, 1].tolist())
+    assert after.num_evaluated == 7
+
+
 def test_before_the_first_click_nothing_is_claimed() -> None:
     evaluation = Prequential()
     assert np.isnan(

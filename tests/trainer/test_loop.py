@@ -15,7 +15,10 @@ from streams.contract import MicroBatch, hash_ids
 from tests.trainer.small_trainer import Trainer
 from tests.trainer.streams_of_clicks import click_stream, micro_batch
 from tests.trainer.test_columns import plain
+from trainer.contract import PrequentialScore
 from trainer.item_events import ItemChange
+from trainer.manifests import manifest_of
+from trainer.rollout import PublishSettings
 from trainer.source import Poll
 
 CHANGES = [ItemChange(f"item-{n}", {"brand": f"brand {n % 3}", "price": n}, b"{}") for n in range(0, 60, 2)]
@@ -152,11 +155,52 @@ def test_evaluation_ranks_before_learning_and_does_not_change_the_model(tmp_path
     blind.run()
     for name, tensor in watched.learner.state_dict().items():
         assert torch.equal(tensor, blind.learner.state_dict()[name]), name
-    # Of each micro-batch eight clicks are tested; two of them are among the first five, that meet an empty catalogue.
-    assert watched.value("clicks_evaluated_total") == 62
+    # Of each micro-batch eight clicks are tested; two of them are among the first five, that meet an empty catalogue:
+    # they are misses.
+    assert watched.value("clicks_evaluated_total") == 64
     assert 0 < watched.value("prequential_recall_at_k", k="10") <= watched.value("recall_ceiling_ratio") <= 1
     assert watched.value("popularity_recall_at_k", k="100") == watched.value("recall_ceiling_ratio")
     assert blind.value("clicks_evaluated_total") == 0
+
+
+def prequential_of(trainer: Trainer) -> PrequentialScore | None:
+    """As a version that is made now would tell it."""
+    return manifest_of(trainer.model, trainer.progress, PublishSettings(), "items", 0.0).prequential
+
+
+def test_a_version_that_is_made_right_after_a_restart_says_how_well_its_model_foresaw_the_clicks(
+    tmp_path: Path,
+) -> None:
+    trainer = Trainer(tmp_path, click_stream(8))
+    assert prequential_of(trainer) is None
+    trainer.run()
+    told = prequential_of(trainer)
+    assert told is not None and told.clicks == 64 and told.recall_at_100 > 0
+    again = Trainer(tmp_path, click_stream(9))
+    assert prequential_of(again) == told
+    again.run()
+    assert again.value("clicks_evaluated_total") == 8
+    told = prequential_of(again)
+    assert told is not None and told.clicks == 72
+    assert told.recall_at_10 == pytest.approx(again.value("prequential_recall_at_k", k="10"))
+
+
+def test_clicks_that_meet_an_empty_catalogue_are_misses_of_the_first_version(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, [micro_batch(["a", "b", "c"])])
+    trainer.run()
+    assert prequential_of(trainer) == PrequentialScore(
+        clicks=3, recall_at_10=0.0, recall_at_100=0.0, popularity_recall_at_10=0.0, popularity_recall_at_100=0.0
+    )
+
+
+def test_with_and_without_evaluation_a_checkpoint_goes_on_where_the_other_left(tmp_path: Path) -> None:
+    batches = click_stream(6)
+    for number, evaluate in enumerate((True, False, True), 1):
+        trainer = Trainer(tmp_path, batches[: 2 * number], evaluate=evaluate)
+        trainer.run()
+        assert trainer.value("checkpoint_failures_total") == 0
+        assert (prequential_of(trainer) is not None) == evaluate
+        assert trainer.progress.clicks_learnt == 32 * number
 
 
 def test_of_many_items_few_micro_batches_are_weighed_and_tested(

@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from streams.contract import hash_ids
+from tests.trainer.small_trainer import CONFIG
+from trainer.catalogue import Catalogue
+from trainer.evaluate import Prequential
 from trainer.freshness import MANY, Freshness
 from trainer.metrics import CUTOFFS, SERVABLE_SECONDS, SERVABLE_STAGES, STAGES, Metrics, SecondsHistogram
+from trainer.progress import Progress
+from trainer.towers import ItemFeatures
 
 
 @given(st.lists(st.floats(0, 1000) | st.sampled_from(SERVABLE_SECONDS), max_size=50))
@@ -48,6 +53,18 @@ def test_every_child_is_there_before_anything_happens() -> None:
         assert label in text
     assert 'streamtower_trainer_click_to_servable_seconds_bucket{le="10.0"} 0.0' in text
     assert "_created" not in text
+
+
+def test_tested_clicks_are_counted_on_when_a_rollback_begins_with_another_evaluation() -> None:
+    metrics, catalogue = Metrics(), Catalogue(ItemFeatures(CONFIG), embedding_dim=CONFIG.embedding_dim)
+    for num_clicks, counted in ((0, 0), (5, 5), (3, 8)):
+        evaluation = Prequential()
+        for _ in range(num_clicks):
+            evaluation.observe(
+                np.zeros((1, 1), np.float32), np.zeros(1, np.float32), np.array([0]), np.zeros((0, 2), np.int64)
+            )
+        metrics.report(catalogue, Progress(), evaluation, 0)
+        assert metrics.registry.get_sample_value("streamtower_trainer_clicks_evaluated_total") == counted
 
 
 ITEMS = hash_ids(["a", "b"])
