@@ -65,10 +65,11 @@ def write_report(document: Mapping[str, Any], directory: Path) -> None:
             "day's clicks are held out, tested before their micro-batch, and never learnt. `frozen`: the model as it "
             "was when that day began. Means over days.\n"
         )
-        _plot_days(document, directory / PLOT)
+        figure = days_figure(document)
     else:
         header, rows, legend = ["", *COLUMNS.values()], _contest_rows(document), LEGEND
-        _plot_contest(document, directory / PLOT)
+        figure = contest_figure(document)
+    figure.savefig(directory / PLOT, dpi=120)
     lines = [f"# {_headline(document)}", "", _line(header), _line(["---", *["---:"] * (len(header) - 1)])]
     lines += [_line(row) for row in rows]
     notes = [f"- {name}: {one['note']}" for name, one in document.get("contestants", {}).items() if one["note"]]
@@ -103,7 +104,8 @@ def _cell(value: Mapping[str, float]) -> str:
     return f"{value['mean']:.3f}" + (f" ±{value['std']:.3f}" if value["std"] else "")
 
 
-def _plot_contest(document: Mapping[str, Any], path: Path) -> None:
+def contest_figure(document: Mapping[str, Any]) -> Any:
+    """matplotlib's figure: each contestant's recall at 10 at the middles of the stretches, and drift at their ends."""
     figure, (above, below) = _figure()
     for name, one in document["contestants"].items():
         values = one["recall_at_10_over_time"]
@@ -118,10 +120,11 @@ def _plot_contest(document: Mapping[str, Any], path: Path) -> None:
     below.set_ylabel("frequency drift")
     below.set_xlabel("clicks")
     below.set_ylim(bottom=0)
-    _save(figure, path)
+    return figure
 
 
-def _plot_days(document: Mapping[str, Any], path: Path) -> None:
+def days_figure(document: Mapping[str, Any]) -> Any:
+    """matplotlib's figure: recall of both models by day, and how many clicks each day's is of."""
     figure, (above, below) = _figure()
     days = [day["day"] for day in document["days"]]
     k = str(document["ks"][-1])
@@ -133,7 +136,7 @@ def _plot_days(document: Mapping[str, Any], path: Path) -> None:
     below.bar(days, [day["num_tested"] for day in document["days"]], color="0.5")
     below.set_ylabel("tested clicks")
     below.set_xlabel("day")
-    _save(figure, path)
+    return figure
 
 
 def _figure() -> Any:
@@ -144,7 +147,3 @@ def _figure() -> Any:
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120)

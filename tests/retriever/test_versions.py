@@ -26,7 +26,10 @@ from streamtower.qdrant import Qdrant
 from streamtower.versions import PublishedVersions
 from tests.retriever.published import CONFIG, Published, Publisher
 from tests.retriever.running import Running, running, wait_until
+from tests.trainer.publishing import publishings
 from trainer.contract import CHECKSUM_FILE, MANIFEST_FILE, QUERY_TOWER_FILE, version_checksum, version_directory
+from trainer.item_events import ItemChange
+from trainer.rollout import PublishSettings
 from trainer.towers import TowerConfig, build_towers, query_inputs
 
 pytestmark = pytest.mark.index
@@ -136,6 +139,86 @@ def test_no_answer_mixes_two_versions_or_is_old_while_they_switch_back_and_forth
         np.testing.assert_allclose([c["score"] for c in answer["candidates"]], [s for _, s in best], rtol=1e-4)
         first = max(place for place, (at, _) in enumerate(switches) if at <= max(asked_at - max_age, switches[0][0]))
         assert answer["model_version"] in {number for _, number in switches[first:]}
+
+
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/candidates": {"history": ["item-1"], "exclude_seen": False, "k": 60, "with_payload": True},
+    "/v1/similar": {"item_ids": ["item-1"], "k": 60, "with_payload": True},
+    "/v1/candidates:batch": {
+        "requests": [{"history": [f"item-{n}"], "exclude_seen": False, "k": 60, "with_payload": True} for n in range(3)]
+    },
+}
+
+
+def test_no_request_fails_and_none_misses_a_delta_while_the_trainers_publisher_switches_versions(
+    retriever: Running, publisher: Publisher, settings: RetrieverSettings, qdrant_url: str
+) -> None:
+    """One item is told a higher number again and again, before a version begins, while it is filled, and once it is
+    live: what is asked later than the setting allows after a delta is done must know its number, on every route.
+
+    No version but the live one is kept, so that requests in flight lose theirs.
+    """
+    done: list[tuple[float, int]] = []
+    answers: list[tuple[float, str, httpx.Response]] = []
+    stopping = threading.Event()
+
+    def hammer(path: str) -> None:
+        with httpx.Client(base_url=retriever.http.base_url, timeout=30, trust_env=False) as http:
+            while not stopping.is_set():
+                answers.append((time.monotonic(), path, http.post(path, json=ROUTES[path])))
+
+    with publishings(qdrant_url, publisher.alias, publisher.model_dir) as make:
+        trainer = make(settings=PublishSettings(publish_batch_points=100, keep_versions=1))
+
+        def tell(number: int) -> None:
+            trainer.take(ItemChange("told", payload=b'{"number":%d}' % number))
+            trainer.click("told", *(f"item-{(7 * number + place) % 40}" for place in range(5)))
+
+        def settled(number: int) -> None:
+            trainer.settle()
+            done.append((time.monotonic(), number))
+
+        def all_asked_later() -> bool:
+            held_to = done[-1][0] + settings.version_max_age_seconds
+            return {path for asked_at, path, _ in answers[-100:] if asked_at > held_to} == set(ROUTES)
+
+        trainer.click(*(f"item-{number}" for number in range(40)))
+        tell(0)
+        settled(0)
+        retriever.wait_for_version(1)
+        threads = [threading.Thread(target=hammer, args=(path,)) for path in ROUTES]
+        for thread in threads:
+            thread.start()
+        try:
+            for version in range(2, 10):
+                tell(3 * version)
+                trainer.clock.now += 1_000.0
+                trainer.publisher.advance()
+                tell(3 * version + 1)
+                trainer.until(lambda version=version: trainer.live == version and trainer.publisher.idle)
+                settled(3 * version + 1)
+                wait_until(all_asked_later, "every route answers, held to what came while the version was filled")
+                tell(3 * version + 2)
+                settled(3 * version + 2)
+                wait_until(all_asked_later, "every route answers, held to the delta")
+        finally:
+            stopping.set()
+            for thread in threads:
+                thread.join()
+        assert trainer.value("items_published_total", kind="delta") >= 48
+    assert [answer.text for _, _, answer in answers if answer.status_code != 200] == []
+    for asked_at, path, answer in answers:
+        told = answer.json()
+        several = told["answers"] if path.endswith("batch") else [told]
+        assert len({one["model_version"] for one in several}) == 1
+        least = max([number for at, number in done if at <= asked_at - settings.version_max_age_seconds], default=0)
+        for one in several:
+            payloads = {candidate["item_id"]: candidate["payload"] for candidate in one["candidates"]}
+            assert len(payloads) == 41 - (path == "/v1/similar"), "every item, and once"
+            assert payloads["told"]["number"] >= least
+    assert {
+        one["model_version"] for _, path, answer in answers if path == "/v1/candidates" for one in [answer.json()]
+    } == (set(range(1, 10)))
 
 
 class Aliases:

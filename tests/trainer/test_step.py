@@ -357,9 +357,15 @@ def test_the_loss_of_several_tasks_is_the_weighted_sum_of_theirs(variant: str) -
         learner(training=VARIANTS[variant]).step(dataclasses.replace(batch, reward=batch.reward[:, [place]])).loss
         for place in (0, 1)
     ]
-    if variant != "random":  # where each task draws for itself
-        together = learner(TWO_TASKS, VARIANTS[variant]).step(batch).loss
-        assert together == pytest.approx(losses[0] + 0.5 * losses[1], rel=1e-5)
+    second = 0.5 * losses[1]
+    if (
+        variant == "random"
+    ):  # each task draws for itself: what the second one draws is seen where the first has no reward
+        without_first = dataclasses.replace(batch, reward=batch.reward * np.array([0, 1], np.float32))
+        second = learner(TWO_TASKS, VARIANTS[variant]).step(without_first).loss
+        assert 0 < second != pytest.approx(0.5 * losses[1], rel=1e-3)
+    together = learner(TWO_TASKS, VARIANTS[variant]).step(batch).loss
+    assert together == pytest.approx(losses[0] + second, rel=1e-5)
 
 
 def test_rewards_that_do_not_fit_the_tasks_are_refused() -> None:

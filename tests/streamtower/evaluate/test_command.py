@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -10,10 +11,16 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from streams.contract import hash_ids
+from streams.drift import DriftTracker, frequency_drift
 from streamtower.__main__ import app
+from streamtower.datasets.sources import open_dataset
 from tests.streamtower.evaluate.clicks_at_hand import random_dataset
 
-SMALL = {"COLUMNS": "200", "STREAMTOWER_TRAINER_ITEM_ROWS": "1024", "STREAMTOWER_TRAINER_MAX_ITEMS": "1000"}
+WINDOWS = {"fast_clicks": 100, "slow_clicks": 500}
+SMALL = {"COLUMNS": "200", "STREAMTOWER_TRAINER_ITEM_ROWS": "1024", "STREAMTOWER_TRAINER_MAX_ITEMS": "1000"} | {
+    f"STREAMTOWER_STREAMS_DRIFT_{name.upper()}": str(clicks) for name, clicks in WINDOWS.items()
+}
 
 
 def evaluate(*arguments: str) -> Result:
@@ -29,9 +36,20 @@ def take_away(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def clicks(tmp_path: Path) -> Path:
     path = tmp_path / "clicks.csv"
     [piece] = random_dataset(900, num_items=150, seconds_a_click=1_000).clicks()
-    columns = zip(piece.user_id.to_pylist(), piece.item_id.to_pylist(), piece.event_time.tolist(), strict=True)
+    items = [item if n < 600 else f"i{int(item[1:]) % 75}" for n, item in enumerate(piece.item_id.to_pylist())]  # drift
+    columns = zip(piece.user_id.to_pylist(), items, piece.event_time.tolist(), strict=True)
     path.write_text("user_id,item_id,event_time\n" + "".join(f"{u},{i},{t:.0f}\n" for u, i, t in columns))
     return path
+
+
+def drifts(path: Path, seed: int, ends: list[int]) -> list[float]:
+    """The drift after so many clicks of the file, its ties shuffled by the seed."""
+    [piece] = open_dataset(str(path), seed=seed).clicks()
+    item_hash, tracker, found = hash_ids(piece.item_id.to_pylist()), DriftTracker(**WINDOWS), []
+    for start, end in itertools.pairwise([0, *ends]):
+        tracker.update(item_hash[start:end])
+        found.append(frequency_drift([tracker]).corrected)
+    return found
 
 
 def test_a_file_is_evaluated_against_every_baseline_with_json_and_report(clicks: Path, tmp_path: Path) -> None:
@@ -45,6 +63,9 @@ def test_a_file_is_evaluated_against_every_baseline_with_json_and_report(clicks:
     document = json.loads(target.read_text())
     assert document["schema"] == "streamtower.evaluate/1"
     assert (document["clicks"], document["seeds"], document["has_ties"]) == (900, [0, 1], True)
+    moved = drifts(clicks, seed=1, ends=[256, 512, 768, 900])
+    assert document["drift_over_time"] == pytest.approx(moved)
+    assert moved[0] < 0.1 < moved[2], moved
     names = ["default", "default_strict", "popularity", "item_knn", "item_knn_plain", "als"]
     assert list(document["contestants"]) == names
     for name in names:
