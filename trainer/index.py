@@ -152,11 +152,21 @@ class Index:
         graph = models.HnswConfigDiff(m=16, ef_construct=100) if hnsw else models.HnswConfigDiff(m=0)
         vectors = {DENSE: models.VectorParams(size=size, distance=models.Distance.DOT)}
         sparse = {COVISIT: models.SparseVectorParams()} if covisit else None
-        self._call(
-            lambda: self._client.create_collection(
-                name, vectors_config=vectors, sparse_vectors_config=sparse, hnsw_config=graph
-            )
-        )
+        attempts = 0
+
+        def create() -> None:
+            nonlocal attempts
+            attempts += 1
+            try:
+                self._client.create_collection(
+                    name, vectors_config=vectors, sparse_vectors_config=sparse, hnsw_config=graph
+                )
+            except UnexpectedResponse as error:
+                # An earlier attempt was carried out, and only its answer did not come.
+                if not (attempts > 1 and error.status_code in (400, 409) and b"already exists" in error.content):
+                    raise
+
+        self._call(create)
         for field, schema in self._payload_indexes.items():
             self._call(lambda f=field, s=schema: self._client.create_payload_index(name, f, s))  # type: ignore[misc]
 

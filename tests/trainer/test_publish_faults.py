@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from qdrant_client import models
 
 from tests.fixtures.strict_qdrant import StrictQdrant
 from tests.trainer.publishing import SETTINGS, Publishing, publishings
-from trainer.index import Index
+from trainer.contract import collection_name
+from trainer.index import Index, IndexAwayError
 from trainer.item_events import ItemChange
 
 pytestmark = pytest.mark.filterwarnings("ignore:Failed to obtain server version:UserWarning")
@@ -21,6 +23,19 @@ DELETE = r"^POST .*/points/delete$"
 ALIASES = r"^POST /collections/aliases$"
 COUNT = r"/points/count$"
 INFO = r"^GET /collections/items__v\d+$"
+CREATE = r"^PUT /collections/items__v\d+$"
+DROP = r"^DELETE /collections/items__v\d+$"
+OTHERS = [
+    CREATE,
+    DROP,
+    ALIASES,
+    COUNT,
+    INFO,
+    r"^PUT .*/index$",
+    r"query/batch$",
+    r"^GET /aliases$",
+    r"^GET /collections$",
+]
 
 
 class Hasty(Index):
@@ -57,12 +72,14 @@ def steps(publishing: Publishing) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("kind", PASSING)
-@pytest.mark.parametrize("call", [UPSERT, DELETE, ALIASES, COUNT, INFO, r"query/batch$", r"^GET /aliases$"])
+@pytest.mark.parametrize("call", [UPSERT, DELETE, *OTHERS])
 def test_a_full_publish_stands_one_fault_of_any_call(
     new: Callable[..., Publishing], double: StrictQdrant, kind: str, call: str
 ) -> None:
     publishing = new()
     publishing.click("a", "b", "c", "d", "e", "gone")
+    vectors = models.VectorParams(size=2, distance=models.Distance.DOT)
+    publishing.client.create_collection(collection_name("items", 1), vectors)  # what a cut-off publish left
     if call == DELETE:
         double.fail("yellow", INFO)  # the version is whole, and something goes before it is live
         publishing.until(lambda: double.num_faults_left == 0)
@@ -72,6 +89,16 @@ def test_a_full_publish_stands_one_fault_of_any_call(
     publishing.settle()
     assert steps(publishing).keys() == {"a", "b", "c", "d", "e"}
     assert publishing.value("publish_failures_total", kind="full") == 0
+    assert publishing.live == 2 and publishing.collections() == [collection_name("items", 2)]
+
+
+def test_a_collection_that_is_there_before_the_first_attempt_to_make_it_is_not_taken_for_ones_own(
+    new: Callable[..., Publishing], double: StrictQdrant
+) -> None:
+    index = new().index
+    index.create(1, 10, hnsw=False)
+    with pytest.raises(IndexAwayError, match=r"(?s)attempt 1 of 3: .*already exists"):
+        index.create(1, 10, hnsw=False)
 
 
 @pytest.mark.parametrize("kind", PASSING)
