@@ -16,10 +16,11 @@ import uvloop
 from aiokafka.errors import KafkaError
 from pydantic import SecretStr
 
-from streams.agent import create_app, serve_metrics, warm_up
+from streams.agent import create_app, warm_up
 from streams.broker import ClicksOnBroker, DependencyError
 from streams.contract import Topics
 from streams.metrics import Metrics
+from streams.serve import serve
 from streams.service import (
     EXIT_BUG,
     EXIT_DEPENDENCY,
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asyncio.set_event_loop(loop)
         metrics = Metrics()
         app = create_app(settings, metrics)
-        serve_metrics(settings, metrics)
+        serve(settings, metrics, app.latest_movers)
         topics = Topics(settings.topic_prefix)
         ClicksOnBroker(
             settings.confluent_config(), topics, settings.consumer_group, settings.dependency_deadline_seconds

@@ -22,7 +22,6 @@ import faust
 import numpy as np
 import structlog
 from faust.types import TP
-from prometheus_client import start_http_server
 
 from streams.batcher import CloseReason, Cut, micro_batch
 from streams.broker import ClicksOnBroker, DependencyError
@@ -30,10 +29,10 @@ from streams.chunks import ChunkApp
 from streams.contract import Topics
 from streams.dead_letter import EXIT_BAD_INPUT, RejectedShare
 from streams.metrics import Metrics
-from streams.movers import top_movers
+from streams.movers import MoversReport, top_movers
 from streams.partition import Partitions, PartitionWorker, RetentionExpiredError, TooManyRejectedError
 from streams.send import Sender, TooLargeError
-from streams.service import EXIT_BUG, EXIT_CONFIGURATION, EXIT_DEPENDENCY, ConfigurationError
+from streams.service import EXIT_BUG, EXIT_CONFIGURATION, EXIT_DEPENDENCY
 from streams.settings import StreamsSettings
 from streams.snapshot import SnapshotKeeper, Snapshots
 from streams.state import PartitionState, StateConfig
@@ -50,6 +49,13 @@ log = structlog.get_logger("streams")
 
 class StreamsApp(ChunkApp):
     """A ChunkApp that ends in time: Faust waits for Kafka at the end, and without end if Kafka is gone."""
+
+    watcher: Watcher | None = None
+    """From the start of the worker on."""
+
+    def latest_movers(self) -> MoversReport:
+        """What the watcher found last; from any thread."""
+        return self.watcher.movers if self.watcher else MoversReport()
 
     async def on_stop(self) -> None:
         def leave() -> None:
@@ -164,9 +170,9 @@ def create_app(settings: StreamsSettings, metrics: Metrics | None = None) -> Str
         partitions.keep_only(set())
 
     async def watch() -> None:
-        watcher = Watcher(partitions, clicks_on_broker, metrics, deadline)
+        app.watcher = Watcher(partitions, clicks_on_broker, metrics, deadline)
         try:
-            await watcher.run()
+            await app.watcher.run()
         except Exception as error:
             end(error)
 
@@ -214,22 +220,6 @@ def _credentials(settings: StreamsSettings) -> faust.types.CredentialsT | None:
             ssl_context=context,
         )
     return faust.SSLCredentials(context) if context else None
-
-
-def serve_metrics(settings: StreamsSettings, metrics: Metrics) -> None:
-    """Serves /metrics from a thread of its own until the process ends.
-
-    Raises:
-        ConfigurationError: it cannot listen there.
-    """
-    try:
-        server, _ = start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
-    except OSError as error:
-        where = f"{settings.metrics_host}:{settings.metrics_port}"
-        raise ConfigurationError(
-            [f"cannot serve metrics on {where}: {error}; set metrics_host and metrics_port"]
-        ) from error
-    log.info("listening", host=settings.metrics_host, port=server.server_port)
 
 
 def warm_up() -> None:

@@ -6,9 +6,10 @@ module. `python -m streams` does not use it.
 
 from __future__ import annotations
 
-from streams.agent import create_app, serve_metrics, warm_up
+from streams.agent import create_app, warm_up
 from streams.broker import DependencyError
 from streams.metrics import Metrics
+from streams.serve import serve
 from streams.service import EXIT_DEPENDENCY, ConfigurationError, load_settings, refuse_to_start, set_up_logs
 from streams.settings import StreamsSettings
 
@@ -16,7 +17,7 @@ try:
     _settings, _metrics = load_settings(StreamsSettings), Metrics()
     set_up_logs("streams")
     app = create_app(_settings, _metrics)
-    serve_metrics(_settings, _metrics)
+    serve(_settings, _metrics, app.latest_movers)
 except ConfigurationError as error:
     refuse_to_start("streams", error)
 except DependencyError as error:

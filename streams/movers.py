@@ -1,7 +1,7 @@
 """Which items rise and fall: log(share lately / share usually) of the items that have moved most.
 
-Station: beside the batcher, fed with the same clicks; read by the log and by callers of `top_movers`. Items never
-become labels of a metric.
+Station: beside the batcher, fed with the same clicks; read by `watch`, for the log and for /movers (`serve`). Items
+never become labels of a metric.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +22,8 @@ from streams.frequency import estimate_together
 
 SIGNIFICANT = 3.0
 """A log ratio of fewer standard deviations is no move."""
+MAX_MOVERS = 100
+"""Of a report."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,17 @@ class Mover:
     """ln(share / usual): above 0 it rises, at most to ln(slow window / fast window); below, it falls."""
     noise: float
     """Standard deviation of log_ratio while nothing moves."""
+
+
+class MoversReport(msgspec.Struct, frozen=True):
+    """The movers of a process's partitions together, as /movers tells them."""
+
+    time: float | None = None
+    """When they were found, seconds since the epoch; None: not yet."""
+    partitions: tuple[int, ...] = ()
+    """Whose clicks these are: of `clicks`, in order."""
+    movers: tuple[Mover, ...] = ()
+    """The largest change first; at most MAX_MOVERS."""
 
 
 class MoverTracker:

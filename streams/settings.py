@@ -99,9 +99,9 @@ class StreamsSettings(KafkaSettings):
     """Nothing more is fetched while so many clicks are on their way through the service."""
 
     metrics_host: str = Field("127.0.0.1", min_length=1)
-    """Address that /metrics listens on; 0.0.0.0 for every interface."""
+    """Address that /metrics and /movers listen on; 0.0.0.0 for every interface."""
     metrics_port: int = Field(9101, ge=0, le=65_535)
-    """Port of /metrics; 0: any free one, which the log line `listening` names."""
+    """Port of /metrics and /movers; 0: any free one, which the log line `listening` names."""
 
     @model_validator(mode="before")
     @classmethod

@@ -16,13 +16,13 @@ import structlog
 from streams.broker import ClicksOnBroker, DependencyError
 from streams.drift import frequency_drift, jensen_shannon, population_stability
 from streams.metrics import Metrics
-from streams.movers import top_movers
+from streams.movers import MAX_MOVERS, MoversReport, top_movers
 from streams.newcomers import young_clicks
 from streams.state import PartitionState
 
 MEASURE_SECONDS = 1.0
 LOOK_EVERY = 5
-"""The broker is asked at each so many measurements."""
+"""The broker is asked, and movers are found, at each so many measurements."""
 LOG_DRIFT_EVERY = 60
 """So are the drift and the items that move most logged."""
 NUM_LOGGED_MOVERS = 10
@@ -68,6 +68,8 @@ class Watcher:
         self._assigned_at = clock()
         self._moved_at: dict[int, float] = {}
         self._positions: dict[int, int] = {}
+        self.movers = MoversReport()
+        """The latest; another one each time, so that it can be read from any thread."""
 
     async def run(self) -> None:
         """Looks until cancelled.
@@ -81,6 +83,7 @@ class Watcher:
             self.measure()
             if turn % LOOK_EVERY == 0:
                 await self.look()
+                self.find_movers(time.time())
             if turn % LOG_DRIFT_EVERY == LOG_DRIFT_EVERY - 1:
                 self.log_drift()
             turn += 1
@@ -108,16 +111,21 @@ class Watcher:
         self._metrics.history_users.set(sum(len(state.histories) for state in states))
         self._metrics.replaying.set(sum(worker.is_replaying for worker in workers))
 
+    def find_movers(self, now: float) -> None:
+        """Renews `movers`; `now` is told with them, in seconds since the epoch."""
+        states = {n: worker.state for n, worker in self._partitions.workers.items() if worker.state}
+        movers = top_movers([state.movers for state in states.values()], MAX_MOVERS)
+        self.movers = MoversReport(now, tuple(sorted(states)), tuple(movers))
+
     def log_drift(self) -> None:
-        """Logs how far the items' shares have moved, and which items' have most."""
+        """Logs how far the items' shares have moved, and which items' had most when movers were found last."""
         states = [worker.state for worker in self._partitions.workers.values() if worker.state]
         variation = frequency_drift([state.drift for state in states])
-        movers = top_movers([state.movers for state in states], NUM_LOGGED_MOVERS)
         log.info(
             "drift",
             total_variation=round(variation.corrected, 4),
             noise=round(variation.noise, 4),
-            log_ratios={mover.item_id: round(mover.log_ratio, 2) for mover in movers},
+            log_ratios={mover.item_id: round(mover.log_ratio, 2) for mover in self.movers.movers[:NUM_LOGGED_MOVERS]},
         )
 
     async def look(self) -> None:

@@ -79,6 +79,12 @@ class Service:
                     return float(line.split()[1])
         raise AssertionError(f"no metric {name}")
 
+    def movers(self) -> dict[str, Any]:
+        """What /movers answers now."""
+        port = self.events("listening")[0]["port"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/movers", timeout=10) as answer:
+            return json.load(answer)  # type: ignore[no-any-return]
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Its exit code after a signal."""
         self.process.send_signal(number)

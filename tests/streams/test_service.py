@@ -70,6 +70,7 @@ def test_clicks_with_malformed_ones_among_them_come_out_right_and_the_others_as_
         wait_until_passed_on(kafka, topics, counts)
         wait_for(lambda: committed(kafka, topics) == counts, "all clicks committed")
         wait_for(lambda: service.metric("consumer_lag_messages") == 0, "no lag")
+        wait_for(lambda: service.movers()["partitions"] == [0, 1], "movers of both partitions")
         assert service.metric("clicks_total") == 5_000 + 2 * len(MALFORMED)
         assert service.metric("micro_batch_rows_total") == 5_000
         assert service.metric('dead_letters_total{reason="too_large"}') == 2

@@ -192,8 +192,12 @@ def test_gauges_sum_up_the_partitions_states() -> None:
     assert bench.gauge("young_clicks_usual_ratio") == pytest.approx(1 - np.exp(-0.1), abs=1e-3)
     assert 0 < bench.gauge("young_clicks_noise_ratio") < 0.2
     with structlog.testing.capture_logs() as logs:
+        bench.watcher.find_movers(12.5)
         bench.watcher.log_drift()
     [entry] = logs
     assert (entry["event"], set(entry["log_ratios"])) == ("drift", {"a", "b"})
     assert entry["total_variation"] == pytest.approx(bench.gauge("frequency_drift_ratio"), abs=1e-4)
+    report = bench.watcher.movers
+    assert (report.time, report.partitions) == (12.5, (0, 1))
+    assert {mover.item_id: round(mover.log_ratio, 2) for mover in report.movers} == entry["log_ratios"]
     assert entry["log_ratios"]["b"] == pytest.approx(np.log((1 - np.exp(-2)) / (1 - np.exp(-0.2))), abs=0.01)
