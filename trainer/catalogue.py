@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from streams.contract import Float32Array, Float64Array, Int64Array, UInt64Array, hash_ids
@@ -157,6 +158,13 @@ class Catalogue:
     def find(self, item_hash: UInt64Array) -> Int64Array:
         """Rows of these items, −1 where unknown: int64 [n]."""
         return self._rows.find(item_hash, self._item_hash)
+
+    def serves(self, item_hash: UInt64Array) -> npt.NDArray[np.bool_]:
+        """bool [n] whether these items may be served: they are known, and not gone."""
+        rows = self.find(item_hash)
+        known = rows >= 0
+        known[known] = ~self._deleted[rows[known]]
+        return known
 
     def inputs(self, item_hash: UInt64Array) -> ItemInputs:
         """Inputs of the item tower for any items, known or not."""

@@ -66,9 +66,11 @@ class Freshness:
 
         Args:
             step: the trainer's.
-            item_hash: uint64 [n], n ≥ 1.
+            item_hash: uint64 [n] items that may be served: a click on another one never becomes servable.
             ingest_time: float64 [n] seconds since the epoch.
         """
+        if not len(item_hash):
+            return
         now = self._clock()
         self._stages.observe(np.maximum(self._taken_at - ingest_time, 0.0), value="queue")
         self._stages.observe(np.full(len(ingest_time), max(now - self._taken_at, 0.0)), value="learn")

@@ -97,7 +97,8 @@ class Loop:
             self.guard.trip("non_finite", f"clicks {batch.offset[0]} … of partition {batch.partition}: {error}")
             self.metrics.clicks_passed_over.inc(len(batch))
             return
-        self.publisher.freshness.note(progress.step, batch.item_hash, batch.ingest_time)
+        shown = self.model.catalogue.serves(batch.item_hash)
+        self.publisher.freshness.note(progress.step, batch.item_hash[shown], batch.ingest_time[shown])
         progress.note(len(batch), result.loss)
         self.metrics.learnt(len(batch), result.num_steps, result.loss, float(batch.ingest_time.max()))
         self.guard.observe(result.gradient_norm, result.weight_norm, self.model.evaluation)

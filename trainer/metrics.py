@@ -228,14 +228,16 @@ class Metrics:
         )
         self.click_to_servable = SecondsHistogram(
             stem + "click_to_servable_seconds",
-            "Seconds from a click's ingest time (Kafka's timestamp) to the acknowledged publish with its effect.",
+            "Seconds from a click's ingest time (Kafka's timestamp) to the acknowledged publish with its effect; clicks "
+            "on items that are not admitted or are gone have none, and do not count.",
             SERVABLE_SECONDS,
             registry,
         )
         self.servable_stage = SecondsHistogram(
             stem + "servable_stage_seconds",
             "Seconds of a click by stage: queue = from its ingest time to the poll that gave it to the trainer; "
-            "learn = from there until it is learnt; publish = from there to the acknowledged publish with its effect.",
+            "learn = from there until it is learnt; publish = from there to the acknowledged publish with its effect. "
+            "The same clicks count in all.",
             SERVABLE_SECONDS,
             registry,
             "stage",

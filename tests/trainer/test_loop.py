@@ -203,6 +203,24 @@ def test_with_and_without_evaluation_a_checkpoint_goes_on_where_the_other_left(t
         assert trainer.progress.clicks_learnt == 32 * number
 
 
+def test_clicks_on_items_that_are_not_admitted_or_gone_are_not_counted_as_servable(tmp_path: Path) -> None:
+    entries = [
+        micro_batch(["once", "twice"]),
+        micro_batch(["twice", "gone"], first_offset=2),
+        [ItemChange("gone", gone=True)],
+        micro_batch(["gone", "gone", "twice", "twice"], first_offset=4),
+        micro_batch(["gone", "never"], first_offset=8),
+    ]
+    trainer = Trainer(tmp_path, entries, admit_clicks=2)
+    trainer.run()
+    assert trainer.progress.clicks_learnt == 10
+    freshness = trainer.publisher.freshness
+    freshness.acknowledge(trainer.progress.step, 1e10)
+    assert trainer.value("click_to_servable_seconds_count") == 3
+    assert {trainer.value("servable_stage_seconds_count", stage=s) for s in ("queue", "learn", "publish")} == {3.0}
+    assert freshness.oldest == 0.0
+
+
 def test_of_many_items_few_micro_batches_are_weighed_and_tested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
