@@ -228,7 +228,7 @@ class Metrics:
         )
         self.click_to_servable = SecondsHistogram(
             stem + "click_to_servable_seconds",
-            "Seconds from a click's ingest time (Kafka's timestamp) to the acknowledged publish with its effect; clicks "
+            "Seconds from a click's ingest time (Kafka's timestamp) to the acknowledged publish with its effect; those "
             "on items that are not admitted or are gone have none, and do not count.",
             SERVABLE_SECONDS,
             registry,
