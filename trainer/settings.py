@@ -205,7 +205,8 @@ class TrainerSettings(KafkaSettings):
     covisit: bool = True
     """Whether items clicked by the same users within a few clicks count in the score."""
     covisit_partners: int = Field(128, ge=8, le=1_024, multiple_of=8)
-    """Most co-visited items that are counted for each item, a multiple of 8; 12 bytes each."""
+    """Most co-visited items that are counted for each item, a multiple of 8; 12 bytes each. 64 cost half and find a
+    little less (docs/learning.md)."""
     covisit_window: int = Field(10, ge=1, le=1_000)
     """Newest distinct items of the history that a click is counted with."""
     covisit_half_life_clicks: float = Field(0.0, ge=0, le=1e12)
