@@ -21,7 +21,7 @@ from streams.drift import FAST, SLOW, weight_spread
 from streams.frequency import estimate_together
 
 SIGNIFICANT = 3.0
-"""A log ratio of fewer standard deviations is no move."""
+"""A change of fewer standard deviations is no move."""
 MAX_MOVERS = 100
 """Of a report."""
 
@@ -138,10 +138,11 @@ class MoverTracker:
 def top_movers(trackers: Sequence[MoverTracker], count: int = 10) -> list[Mover]:
     """The items whose shares of several partitions' clicks together have changed most, the largest change first.
 
-    Ordered by |share − usual|, so that the list tells what the total variation is made of; only items whose log ratio
-    is at least 3 standard deviations from 0. With V = Σ_k (a_k − c_k)² of the clicks' normalised weights
-    (`drift.weight_spread`), the variance of share − usual is usual · V while nothing moves, so that of the log ratio
-    V / usual.
+    Ordered by |share − usual|, so that the list tells what the total variation is made of; only items whose change is
+    at least 3 standard deviations from 0, both as a log ratio and as share / usual − 1: of a rare item's rise the
+    former says less, of its fall the latter, which ends at −1 where the former goes on to −∞. With
+    V = Σ_k (a_k − c_k)² of the clicks' normalised weights (`drift.weight_spread`), the variance of share − usual is
+    usual · V while nothing moves, so that of both is V / usual.
     """
     active = [tracker for tracker in trackers if tracker.counts.step]
     names: dict[int, str] = {}
@@ -158,7 +159,8 @@ def top_movers(trackers: Sequence[MoverTracker], count: int = 10) -> list[Mover]
     )
     log_ratio = np.log(np.maximum(share, 1e-300) / usual)
     noise = np.sqrt(squares / usual)
-    moved = np.flatnonzero(np.abs(log_ratio) >= SIGNIFICANT * noise)
+    change = np.minimum(np.abs(log_ratio), np.abs(share / usual - 1))
+    moved = np.flatnonzero(change >= SIGNIFICANT * noise)
     return [
         Mover(names[int(item_hash[n])], float(share[n]), float(usual[n]), float(log_ratio[n]), float(noise[n]))
         for n in moved[np.argsort(-np.abs(share - usual)[moved], kind="stable")][:count]

@@ -40,7 +40,7 @@ def test_what_rises_and_what_falls_is_named_with_its_log_ratio() -> None:
     assert new.log_ratio == pytest.approx(np.log(fast / slow), abs=0.1)
     assert gone.log_ratio == pytest.approx(np.log((1 - fast) / (1 - slow)), abs=0.35)
     for mover in movers:
-        assert abs(mover.log_ratio) >= 3 * mover.noise
+        assert min(abs(mover.log_ratio), abs(mover.share / mover.usual - 1)) >= 3 * mover.noise
         assert mover.log_ratio == pytest.approx(np.log(mover.share / mover.usual))
     changes = [abs(mover.share - mover.usual) for mover in movers]
     assert changes == sorted(changes, reverse=True)
@@ -59,6 +59,21 @@ def test_where_nothing_moves_nobody_is_named_and_the_noise_is_what_chance_gives(
         noises.append(np.sqrt((1 / (2 * FAST) + 1 / (2 * SLOW) - 2 / (FAST + SLOW)) / usual))
     assert np.std(log_ratios) == pytest.approx(np.mean(noises), rel=0.1)
     assert named <= 10  # of 1,000: 3 standard deviations of a skewed distribution
+
+
+def test_rare_items_that_were_not_clicked_lately_by_chance_are_no_movers() -> None:
+    """Of most of a long tail's items no click is expected within the fast memory: their log ratio is far below 0."""
+    named, asked, far_below = 0, 0, 0
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        tracker = MoverTracker(FAST, SLOW)
+        feed(tracker, np.char.add("item ", (random.zipf(1.3, 30_000) % 100_000).astype(str)))
+        share, usual = tracker.counts.estimate(np.array(list(tracker.sampled()), np.uint64)).share.T
+        noise = np.sqrt((1 / (2 * FAST) + 1 / (2 * SLOW) - 2 / (FAST + SLOW)) / usual)
+        far_below += int(np.count_nonzero(np.log(share / usual) < -3 * noise))
+        named += len(top_movers([tracker], 1_000))
+        asked += len(share)
+    assert named <= 0.003 * asked < 0.02 * asked < far_below
 
 
 def test_the_noise_is_that_of_the_weights() -> None:
