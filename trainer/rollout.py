@@ -348,14 +348,16 @@ class Rollout:
         self.versions.remove_unfinished()
 
     def _remove_old(self, live: int) -> None:
-        """Keeps the live version and those before it that are to be kept."""
+        """Keeps the live version, those before it that are to be kept, and one that was pinned since the switch."""
         for numbers, remove in (
             (self.index.versions(), self.index.drop),
             (self.versions.numbers(), self.versions.remove),
         ):
             before = [number for number in numbers if number < live]
             for number in before[: max(0, len(before) - self.settings.keep_versions + 1)]:
-                remove(number)
+                named = self.index.named()
+                if number not in (named.live, named.pinned):
+                    remove(number)
 
 
 class _ClicksFirst:

@@ -766,6 +766,29 @@ def test_a_version_that_is_filled_while_another_is_pinned_does_not_stay_live(
     assert publishing.value("publish_failures_total", kind="full") == 0
 
 
+class PinnedAfterTheSwitch(Index):
+    """An operator pins version 1 when version 3 is live, and 1 is about to be removed."""
+
+    def switch(self, version: int) -> None:
+        super().switch(version)
+        if version == 3:
+            switch(self._client, self.alias, 1, pin=True)
+
+
+def test_a_version_that_is_pinned_just_before_its_removal_stays_whole_and_served(
+    new: Callable[..., Publishing],
+) -> None:
+    publishing = new(index_class=PinnedAfterTheSwitch)
+    publishing.click("a", "b")
+    publishing.settle()
+    publishing.renew()
+    publishing.renew()
+    assert publishing.index.named() == Named(1, 1)
+    assert publishing.collection() == collection_name(publishing.alias, 1)
+    assert publishing.points().keys() == {"a", "b"}
+    assert load_manifest(version_directory(publishing.model_dir, 1)).model_version == 1
+
+
 def test_a_trainer_that_is_started_while_a_version_is_pinned_waits(new: Callable[..., Publishing]) -> None:
     first = new()
     first.click("a")
