@@ -74,4 +74,6 @@ def _shows(client: QdrantClient, alias: str, sent_at: float) -> bool:
         found = client.retrieve(alias, [CANARY_HASH], with_payload=[EVENT_TIME])
     except (ResponseHandlingException, UnexpectedResponse, ResourceExhaustedResponse):
         return False  # not there yet, or away: that is what is measured
-    return any((point.payload or {}).get(EVENT_TIME, 0.0) > sent_at - INEXACT_SECONDS for point in found)
+    # Another prober's newer click tells the same; one from the future tells nothing.
+    earliest, latest = sent_at - INEXACT_SECONDS, time.time() + INEXACT_SECONDS
+    return any(earliest < (point.payload or {}).get(EVENT_TIME, 0.0) < latest for point in found)

@@ -187,7 +187,8 @@ class Index:
         """Writes the canary's point: it has no vectors, so that no search by vectors ever finds it."""
         payload = {ITEM_ID: CANARY_ID, STEP: step, EVENT_TIME: event_time}
         point = models.PointStruct(id=CANARY_HASH, vector={}, payload=payload)
-        older = models.Filter(must=[models.FieldCondition(key=EVENT_TIME, range=models.Range(lt=event_time))])
+        # By step and not by the canary's own time: one that is ahead of the clock would keep out all after it.
+        older = models.Filter(must=[models.FieldCondition(key=STEP, range=models.Range(lt=step))])
         name = collection_name(self.alias, version)
         self._call(lambda: self._client.upsert(name, [point], wait=True, update_filter=older))
 

@@ -137,7 +137,7 @@ class Publisher:
         """The rows that are to be learnt; the next delta tells of those that only measure the way. None: no others."""
         if not (is_canary := batch.is_canary).any():
             return batch
-        self._canary = float(batch.event_time[is_canary].max())
+        self._canary = float(batch.event_time[is_canary][-1])
         return None if is_canary.all() else batch.take(np.flatnonzero(~is_canary))
 
     def advance(self) -> None:

@@ -254,12 +254,14 @@ def test_a_canary_is_told_by_the_next_delta_and_found_by_no_search(new: Callable
     hits = publishing.client.query_points(publishing.alias, query=[0.1] * 10, using=DENSE, limit=10).points
     assert sorted((hit.payload or {})["item_id"] for hit in hits) == ["a", "b"]
     before = len(publishing.catalogue)
-    assert publishing.publisher.without_canary(canary_batch(1_900.5)) is None
-    publishing.settle()
-    assert (publishing.points()[CANARY_ID].payload or {})["event_time"] == 1_900.5
+    for event_time in (1_900.5, 1e12, 1_901.5):  # the second one's clock is wrong
+        publishing.progress.step += 1
+        assert publishing.publisher.without_canary(canary_batch(event_time)) is None
+        publishing.settle()
+        assert (publishing.points()[CANARY_ID].payload or {})["event_time"] == event_time
     publishing.renew()  # its count is right, and what was told is told again
     publishing.settle()
-    assert (publishing.points()[CANARY_ID].payload or {})["event_time"] == 1_900.5
+    assert (publishing.points()[CANARY_ID].payload or {})["event_time"] == 1_901.5
     assert len(publishing.catalogue) == before == 2
     assert load_manifest(version_directory(publishing.model_dir, 2)).num_items == 2
 
