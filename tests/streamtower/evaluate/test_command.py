@@ -96,6 +96,25 @@ def test_by_day_it_stands_beside_a_frozen_model(clicks: Path, tmp_path: Path) ->
     assert (tmp_path / "recall_over_time.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_by_day_too_the_papers_preset_brings_the_papers_frequency_estimate(
+    clicks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMTOWER_TRAINER_HIDDEN", "[16]")
+    means = []
+    for settings in (
+        {},
+        {"PRESET": "paper"},
+        {"ESTIMATOR_MODE": "click", "ESTIMATOR_INITIAL_GAP": "0", "NUM_HASHES": "4"},
+    ):
+        for name, value in settings.items():
+            monkeypatch.setenv(f"STREAMTOWER_STREAMS_{name}", value)
+        arguments = ["--preset", "paper", "--protocol", "sequential", "--first-day", "3", "--seeds", "1"]
+        done = evaluate(str(clicks), *arguments, "--json", str(tmp_path / "out.json"))
+        assert done.exit_code == 0, done.stderr
+        means.append(json.loads((tmp_path / "out.json").read_text())["means"]["live"])
+    assert means[0] == means[1] != means[2]
+
+
 def test_a_limit_takes_the_first_clicks(clicks: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
     done = evaluate(
