@@ -20,9 +20,18 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from streamtower.qdrant import QdrantAwayError
+from streamtower.qdrant import NotThereError, QdrantAwayError
 from streamtower.versions import PublishedVersions, Version, VersionsError
-from trainer.contract import COVISIT, DENSE, ITEM_ID, MANIFEST_FILE, QUERY_TOWER_FILE, STEP, version_directory
+from trainer.contract import (
+    COVISIT,
+    DENSE,
+    ITEM_ID,
+    MANIFEST_FILE,
+    QUERY_TOWER_FILE,
+    STEP,
+    Manifest,
+    version_directory,
+)
 
 ITEMS_FILE = "items.parquet"
 PAGE_ITEMS = 1_000
@@ -41,9 +50,9 @@ def export(
         number: of the version.
 
     Raises:
-        VersionsError: there is no such version, or it is not whole, or the directory is not empty.
+        VersionsError: there is no such version, or it is not whole, or not any more; or the directory is not empty.
         QdrantAwayError: Qdrant does not answer.
-        OSError: the disk does not take it.
+        OSError: the disk does not take it. Whatever is raised, no file is left.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise VersionsError(f"{directory} is not an empty directory, so that no two versions mix")
@@ -56,16 +65,34 @@ def export(
     version = chosen[0]
     manifest = version.manifest
     assert manifest is not None
+    source = version_directory(model_dir, version.number)
     directory.mkdir(parents=True, exist_ok=True)
+    try:
+        num_items = _write_items(client, manifest, directory / ITEMS_FILE)
+        for name in (QUERY_TOWER_FILE, MANIFEST_FILE):
+            shutil.copyfile(source / name, directory / name)
+    except BaseException as error:
+        for name in (ITEMS_FILE, QUERY_TOWER_FILE, MANIFEST_FILE):  # so that the command can be given again
+            (directory / name).unlink(missing_ok=True)
+        if isinstance(error, NotThereError) or (isinstance(error, FileNotFoundError) and not source.exists()):
+            raise VersionsError(f"version {version.number} was removed while it was exported; try another") from error
+        raise
+    return version, num_items
+
+
+def _write_items(client: QdrantClient, manifest: Manifest, path: Path) -> int:
+    """Writes all items of a version; returns how many. Raises QdrantAwayError, NotThereError and OSError."""
     schema = _schema(manifest.dense_dims)
     num_items, offset = 0, None
-    with pq.ParquetWriter(directory / ITEMS_FILE, schema) as writer:
+    with pq.ParquetWriter(path, schema) as writer:
         while True:
             try:
                 records, offset = client.scroll(
                     manifest.collection, limit=PAGE_ITEMS, offset=offset, with_payload=True, with_vectors=True
                 )
             except (ResponseHandlingException, ResourceExhaustedResponse, UnexpectedResponse) as error:
+                if getattr(error, "status_code", None) == 404:
+                    raise NotThereError(f"there is no {manifest.collection}") from error
                 raise QdrantAwayError(f"Qdrant does not answer: {error}") from error
             # The canary has no vectors, and is no item.
             items = [record for record in records if isinstance(record.vector, dict) and DENSE in record.vector]
@@ -73,11 +100,7 @@ def export(
                 writer.write_table(_table(items, schema))
             num_items += len(items)
             if offset is None:
-                break
-    source = version_directory(model_dir, version.number)
-    for name in (QUERY_TOWER_FILE, MANIFEST_FILE):
-        shutil.copyfile(source / name, directory / name)
-    return version, num_items
+                return num_items
 
 
 def _schema(size: int) -> pa.Schema:

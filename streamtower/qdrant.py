@@ -20,6 +20,10 @@ class QdrantAwayError(RuntimeError):
     """Qdrant does not answer, or lets nobody in."""
 
 
+class NotThereError(QdrantAwayError):
+    """Qdrant answers, and has no such collection."""
+
+
 class Qdrant:
     """One Qdrant. Every call raises QdrantAwayError where it has no answer, or a refusal."""
 
@@ -53,9 +57,12 @@ class Qdrant:
         """Names of all collections."""
         return [entry["name"] for entry in self._ask("GET", "/collections")["collections"]]
 
-    def count(self, collection: str) -> int:
-        """Points in a collection, exactly."""
-        return int(self._ask("POST", f"/collections/{collection}/points/count", {"exact": True})["count"])
+    def count(self, collection: str) -> int | None:
+        """Points in a collection, exactly; None: it is not there, or not any more."""
+        try:
+            return int(self._ask("POST", f"/collections/{collection}/points/count", {"exact": True})["count"])
+        except NotThereError:
+            return None
 
     def change_aliases(self, actions: Sequence[Action]) -> None:
         """Does all of them as one change."""
@@ -72,7 +79,8 @@ class Qdrant:
         except (httpx.HTTPError, ValueError) as error:
             raise QdrantAwayError(f"Qdrant does not answer: {error or type(error).__name__}") from error
         if not answer.is_success:
-            raise QdrantAwayError(f"Qdrant answers {answer.status_code}: {answer.reason_phrase}")
+            kind = NotThereError if answer.status_code == 404 else QdrantAwayError
+            raise kind(f"Qdrant answers {answer.status_code}: {answer.reason_phrase}")
         try:
             return document["result"]
         except (KeyError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,19 @@ import pytest
 from qdrant_client import QdrantClient, models
 from typer.testing import CliRunner
 
+from streamtower import export
 from streamtower.__main__ import app
 from tests.trainer.publishing import Publishing, publishings
 from tests.trainer.small_trainer import CONFIG
-from trainer.contract import COVISIT, DENSE, MANIFEST_FILE, QUERY_TOWER_FILE, load_manifest, version_directory
+from trainer.contract import (
+    COVISIT,
+    DENSE,
+    MANIFEST_FILE,
+    QUERY_TOWER_FILE,
+    collection_name,
+    load_manifest,
+    version_directory,
+)
 from trainer.item_events import ItemChange
 from trainer.towers import load_query_tower
 
@@ -93,6 +103,33 @@ def test_a_version_that_is_not_whole_is_not_exported(
     code, text = run()
     assert code == 1 and "no whole version is live; whole versions are: 1" in text
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("lost", ["collection", "directory"])
+def test_a_version_that_is_removed_meanwhile_is_told_as_that_and_leaves_room_for_another(
+    run: Callable[..., tuple[int, str]],
+    publishing: Publishing,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+) -> None:
+    table = export._table
+
+    def removing(*values: Any) -> Any:
+        """As the trainer does with an old version, after its first page."""
+        if lost == "collection":
+            publishing.client.delete_collection(collection_name(publishing.alias, 1))
+        else:
+            shutil.rmtree(version_directory(publishing.model_dir, 1), ignore_errors=True)
+        return table(*values)
+
+    monkeypatch.setattr(export, "PAGE_ITEMS", 10)
+    monkeypatch.setattr(export, "_table", removing)
+    assert run("--version", "1") == (1, "streamtower: version 1 was removed while it was exported; try another\n")
+    assert list((tmp_path / "exported").iterdir()) == []
+    monkeypatch.setattr(export, "_table", table)
+    assert run("--version", "2")[0] == 0
+    assert load_manifest(tmp_path / "exported").model_version == 2
 
 
 def ask_qdrant(client: QdrantClient, alias: str, names: dict[str, Any]) -> dict[str, float]:

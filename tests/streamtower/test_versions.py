@@ -87,6 +87,22 @@ def test_rollback_and_promote_switch_pin_and_let_go(
     assert publishing.index.named() == Named(5, None)
 
 
+def test_a_version_that_is_removed_while_all_are_looked_at_is_not_whole(
+    run: Callable[..., tuple[int, str]], publishing: Publishing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = Qdrant.collections
+
+    def and_remove(self: Qdrant) -> list[str]:
+        found = look(self)
+        publishing.client.delete_collection(collection_name(publishing.alias, 4))
+        return found
+
+    monkeypatch.setattr(Qdrant, "collections", and_remove)
+    code, text = run("list", "--json")
+    assert code == 0
+    assert {v["version"]: v["whole"] for v in json.loads(text)["versions"]} == {4: False, 5: True, 9: False}
+
+
 def test_only_whole_versions_are_made_live(run: Callable[..., tuple[int, str]], publishing: Publishing) -> None:
     for number, why in (("7", "is not there"), ("9", "has no collection or no readable Manifest")):
         assert run("promote", number) == (1, f"streamtower: version {number} {why}; whole versions are: 4, 5\n")
