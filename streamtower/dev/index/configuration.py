@@ -88,7 +88,6 @@ def engine_config(body: schema.CreateCollection) -> edge.EdgeConfig:
         # No graph, and no segments but the one that is written to: exact search, and updates in place.
         hnsw_config=edge.HnswIndexConfig(m=0, ef_construct=100, full_scan_threshold=10000),
         optimizers=edge.EdgeOptimizersConfig(indexing_threshold=0),
-        max_search_threads=1,  # one segment is searched by one thread; others would only be woken for nothing
         wal_enabled=True,
     )
 
