@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from qdrant_client import QdrantClient
+from schemathesis.core.errors import UnsupportedSchema
 from schemathesis.core.transport import Response
 from schemathesis.generation import GenerationMode
 from schemathesis.generation.case import Case
@@ -36,6 +37,9 @@ OPERATIONS = [
     ("/metrics", "GET"),
     ("/openapi.json", "GET"),
 ]
+SEEDS = range(10)
+"""Of one run; the next is tried where schemathesis draws what it cannot go on with. What a seed draws depends on every
+constant in the source, by Hypothesis' own choice, so a seed that is good today may not be tomorrow."""
 BODIES = [("/v1/candidates", "POST"), ("/v1/candidates:batch", "POST"), ("/v1/similar", "POST")]
 """/v1/query takes what /v1/candidates takes, less two fields; schemathesis cannot spoil its body reliably."""
 
@@ -78,7 +82,7 @@ def test_answers_are_those_of_the_document(
     operation = schema[path][method]
     strategy = operation.as_strategy(generation_mode=mode)
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(case=strategy)
     def check(case: Case) -> None:
         response: Response = case.call(base_url=str(served.http.base_url))
@@ -90,4 +94,10 @@ def test_answers_are_those_of_the_document(
                 excluded.append(positive_data_acceptance)
         case.validate_response(response, excluded_checks=excluded)
 
-    check()
+    for number in SEEDS:
+        try:
+            seed(number)(check)()
+        except UnsupportedSchema:  # one of the ways in which it spoils a body leads schemathesis to what it cannot draw
+            continue
+        return
+    pytest.fail(f"schemathesis could draw no whole run with any of the seeds {SEEDS}")
