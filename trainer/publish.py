@@ -201,7 +201,8 @@ class Publisher:
         """Stops what is under way; nothing is lost, for a restart publishes in full."""
         self._stopping.set()
         deadline = time.monotonic() + CLOSE_SECONDS
-        for future in (self._look, self._fill, self._check, self._switch, self._delta, self._others.job):
+        elsewhere = (self._others.job, self._staleness.job)
+        for future in (self._look, self._fill, self._check, self._switch, self._delta, *elsewhere):
             while future is not None and not future.done() and time.monotonic() < deadline:
                 time.sleep(0.01)
         self._finish(self._rising())

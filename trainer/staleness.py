@@ -73,7 +73,8 @@ class Staleness:
         self._model, self._index, self._settings, self._metrics = model, index, settings, metrics
         self._random = np.random.default_rng(0)
         self._due = 0.0
-        self._job: Future[tuple[int, Lag | None]] | None = None
+        self.job: Future[tuple[int, Lag | None]] | None = None
+        """The measurement under way."""
 
     def advance(self, now: float, served: Served, manifest_of_now: Callable[[], Manifest]) -> bool:
         """Begins and ends measurements; whether the one that has just ended lost more recall than is allowed.
@@ -84,13 +85,13 @@ class Staleness:
             manifest_of_now: gives one with the weights of now.
         """
         too_stale = False
-        if self._job is not None and self._job.done():
-            job, self._job = self._job, None
+        if self.job is not None and self.job.done():
+            job, self.job = self.job, None
             too_stale = self._finish(job, served)
-        if self._job is None and now >= self._due and self._settings.staleness_items:
+        if self.job is None and now >= self._due and self._settings.staleness_items:
             self._due = now + self._settings.staleness_interval_seconds
             if (sample := self._take_sample(served, manifest_of_now())) is not None:
-                self._job = start_job(lambda: (served.version.number, self._measure(served, sample)))
+                self.job = start_job(lambda: (served.version.number, self._measure(served, sample)))
         return too_stale
 
     def _finish(self, job: Future[tuple[int, Lag | None]], served: Served) -> bool:
