@@ -115,7 +115,8 @@ def _with_covisits(exact: Exact, index: Any) -> Best:
         vector = np.array(query.dense, np.float32)
         _, found = index.search(np.append(vector, np.float32(0))[None], DENSE_PREFETCH * k)
         covisits = exact.covisits(query)
-        union = np.union1d(found[0][found[0] >= 0], top(covisits, SPARSE_PREFETCH))
+        shared = np.flatnonzero(covisits)
+        union = np.union1d(found[0][found[0] >= 0], shared[top(covisits[shared], SPARSE_PREFETCH)])
         scores = exact.dense[union] @ vector + np.float32(query.covisit_weight) * np.log1p(covisits[union])
         return union[top(scores, k)]
 
